@@ -1,0 +1,23 @@
+# `make quickstart` and `make test` set themselves up in .venv, once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint
+
+quickstart: .venv/examples.installed
+	$(BIN)/python examples/digits.py
+
+test: .venv/test.installed
+	$(BIN)/pytest
+
+lint: .venv/test.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+.venv/%.installed: pyproject.toml | .venv/bin/python
+	@echo "Installing ivon-jax[$*] into .venv: a minute or two, once"
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv

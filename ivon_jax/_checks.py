@@ -1,0 +1,224 @@
+"""Argument checks: the only module that words errors about values.
+
+Scalars are checked where they are concrete, Python and NumPy numbers, and come back as
+Python floats. JAX arrays may be tracers (``jit``, ``vmap``, `inject_hyperparams`): only
+their shape and dtype are checked, and they come back as they are.
+"""
+
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+def positive(name, value):
+    """Return a scalar that is positive and finite."""
+    number = _scalar(name, value)
+    if isinstance(number, float) and not number > 0:
+        raise ValueError(f"`{name}` must be positive, got {value}.")
+    return number
+
+
+def non_negative(name, value):
+    """Return a scalar that is finite and at least zero."""
+    number = _scalar(name, value)
+    if isinstance(number, float) and not number >= 0:
+        raise ValueError(f"`{name}` must be non-negative, got {value}.")
+    return number
+
+
+def decay_rate(name, value):
+    """Return a scalar in [0, 1), in a dtype that can tell it from 1."""
+    number = _scalar(name, value)
+    if isinstance(number, float):
+        if not 0 <= number < 1:
+            raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
+    elif number.dtype in (jnp.float16, jnp.bfloat16):
+        raise TypeError(
+            f"`{name}` must be float32 or wider, got {number.dtype}, which rounds what "
+            "is near one to one. With `optax.inject_hyperparams`, pass "
+            "`hyperparam_dtype=jnp.float32`."
+        )
+    return number
+
+
+def boolean(name, value):
+    """Return True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def integer_between(name, value, low, high=math.inf):
+    """Reject anything but an integer in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if not low <= value <= high:
+        limits = f"at least {low}" if high == math.inf else f"in {low}..{high}"
+        raise ValueError(f"`{name}` must be {limits}, got {value}.")
+
+
+def _scalar(name, value):
+    """Return a finite Python float, or the JAX array that may stand for one."""
+    if isinstance(value, np.ndarray) and not value.shape:
+        value = value[()]
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if math.isinf(value):
+            raise ValueError(f"`{name}` must be finite, got {value}.")
+        return float(value)
+    if not isinstance(value, jax.Array):
+        hint = " To schedule it, use `optax.inject_hyperparams`." * callable(value)
+        raise TypeError(f"`{name}` must be a number, got {value!r}.{hint}")
+    real = jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(
+        value.dtype, jnp.floating
+    )
+    if value.shape or not real:
+        raise TypeError(
+            f"`{name}` must be a real scalar, got an array of shape {value.shape} and "
+            f"dtype {value.dtype}."
+        )
+    return value
+
+
+def floating_leaves(params):
+    """Reject parameters that no Gaussian can have: integers, booleans, complex."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"`params` must be real floating-point arrays, got {dtype} at "
+                f"params{jax.tree_util.keystr(path)}. Leave it out with `optax.masked` "
+                "or `optax.partition`."
+            )
+
+
+def one_curvature(sample, hess):
+    """Reject an update that has no source for the Hessian, or two."""
+    if (sample is None) == (hess is None):
+        given = "neither" if sample is None else "both"
+        raise ValueError(
+            f"`update` needs `sample` or `hess`, got {given}. Pass `sample=theta`, the "
+            "theta of `ivon_jax.sample(key, params, opt_state)` at which the gradient "
+            "was taken, or `hess=`, an estimate of the Hessian diagonal."
+        )
+
+
+def has_params(params):
+    """Reject an update without the mean."""
+    if params is None:
+        raise ValueError(
+            "`update` needs `params`, the posterior mean, got None. Call "
+            "`tx.update(grads, opt_state, params, sample=theta)`."
+        )
+
+
+def is_masked(node):
+    """Whether `node` stands for parameters that `optax.masked` took away."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def like(name, tree, reference_name, reference):
+    """Return `tree` with the structure, masks included, and shapes of `reference`."""
+    try:
+        tree = jax.tree.map(
+            lambda p, x: p if is_masked(p) else x, reference, tree, is_leaf=is_masked
+        )
+        same = jax.tree.structure(tree) == jax.tree.structure(reference)
+    except ValueError:
+        same = False
+    if not same:
+        raise ValueError(
+            f"`{name}` must have the tree structure of {reference_name}, got\n"
+            f"{jax.tree.structure(tree)}\nwhere {reference_name} has\n"
+            f"{jax.tree.structure(reference)}."
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(reference)
+    for (path, p), x in zip(leaves, jax.tree.leaves(tree), strict=True):
+        if jnp.shape(x) != jnp.shape(p):
+            raise ValueError(
+                f"`{name}` must have the shapes of {reference_name}, got "
+                f"{jnp.shape(x)} at {name}{jax.tree_util.keystr(path)}, where "
+                f"{reference_name} has {jnp.shape(p)}."
+            )
+    return tree
+
+
+def some_state(states):
+    """Reject an optimizer state without IVON."""
+    if not states:
+        raise ValueError(
+            "`opt_state` must contain the state of `ivon_jax.ivon` or "
+            "`ivon_jax.scale_by_ivon`, got none. Pass the state that `tx.init(params)` "
+            "or `tx.update(...)` returned."
+        )
+
+
+def one_owner(param, *precisions):
+    """Return the precision of the one state that owns `param`, None where none does."""
+    owned = [precision for precision in precisions if precision is not None]
+    if len(owned) > 1:
+        raise ValueError(
+            f"`opt_state` must have one IVON state for each parameter, got "
+            f"{len(owned)} for a parameter of shape {jnp.shape(param)}. Keep them "
+            "apart with `optax.partition`."
+        )
+    return owned[0] if owned else None
+
+
+def same_point_masses(posterior, prior):
+    """Reject two Gaussians with a divergence that is infinite by structure."""
+
+    def check(path, _, precision, prior_precision):
+        if (precision is None) != (prior_precision is None):
+            raise ValueError(
+                "`prior.precision` must be None where the posterior's is, got one None "
+                f"of two at mean{jax.tree_util.keystr(path)}."
+            )
+
+    jax.tree_util.tree_map_with_path(
+        check, posterior.mean, posterior.precision, prior.precision
+    )
+
+
+def probabilities(name, probs):
+    """Reject what is no array of distributions over its last axis."""
+    if not jnp.issubdtype(probs.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must be floating-point, got dtype {probs.dtype}.")
+    if not probs.ndim or not probs.size:
+        raise ValueError(
+            f"`{name}` must have shape (..., num_classes) and at least one example, "
+            f"got shape {probs.shape}."
+        )
+    if isinstance(probs, jax.core.Tracer):
+        return
+    if jnp.min(probs) < 0:
+        raise ValueError(f"`{name}` must be non-negative, got {jnp.min(probs)}.")
+    total = jnp.sum(probs, axis=-1, dtype=jnp.promote_types(probs.dtype, jnp.float32))
+    error = jnp.abs(total - 1).ravel()
+    worst = jnp.argmax(error)
+    if not error[worst] <= max(1e-3, 4 * float(jnp.finfo(probs.dtype).eps)):
+        raise ValueError(
+            f"`{name}` must sum to one over its last axis, got a sum of "
+            f"{total.ravel()[worst]}. Apply `jax.nn.softmax` to logits."
+        )
+
+
+def labels(name, labels, probs):
+    """Reject what are no class indices for `probs`."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"`{name}` must be integers, got dtype {labels.dtype}.")
+    if labels.shape != probs.shape[:-1]:
+        raise ValueError(
+            f"`{name}` must have shape {probs.shape[:-1]}, one label for each row of "
+            f"`probs`, got {labels.shape}."
+        )
+    if isinstance(labels, jax.core.Tracer):
+        return
+    low, high, num_classes = jnp.min(labels), jnp.max(labels), probs.shape[-1]
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"`{name}` must be in 0..{num_classes - 1}, got {low if low < 0 else high}."
+        )

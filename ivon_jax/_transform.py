@@ -1,0 +1,226 @@
+"""Algorithm 1 lifted to pytrees: IVON as optax gradient transformations."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import _checks, _rules
+
+
+class IVONState(NamedTuple):
+    """What IVON remembers between steps; the mean is `params` itself."""
+
+    count: jax.Array  # (), int32: t, steps taken
+    ess: jax.Array  # (), default float dtype: lambda
+    weight_decay: jax.Array  # (), default float dtype: delta
+    momentum: optax.Updates  # shapes of params, float32 or wider: g
+    hess: optax.Updates  # shapes of params, float32 or wider: h > -delta, per example
+
+
+class _Step(NamedTuple):
+    """Lines 4 to 7 for one parameter array."""
+
+    direction: jax.Array
+    momentum: jax.Array
+    hess: jax.Array
+
+
+def scale_by_ivon(
+    ess: jax.typing.ArrayLike,
+    *,
+    hess_init: jax.typing.ArrayLike = 1.0,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.99999,
+    weight_decay: jax.typing.ArrayLike = 1e-4,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Turn gradients into the direction :math:`(\bar g + \delta m) / (h + \delta)`.
+
+    This is Algorithm 1 without its learning rate, for an `optax.chain` of your own;
+    `ivon` is the ready optimizer and documents the arguments.
+
+    >>> tx = optax.chain(scale_by_ivon(ess=1000), optax.scale_by_learning_rate(1e-3))
+
+    Returns:
+      A transformation whose `update` takes ``sample=`` or ``hess=`` as `ivon`'s does.
+      Its updates have the parameters' dtypes.
+    """
+    return _in_params_dtype(_preconditioner(ess, hess_init, b1, b2, weight_decay))
+
+
+def ivon(
+    learning_rate: optax.ScalarOrSchedule,
+    ess: jax.typing.ArrayLike,
+    *,
+    hess_init: jax.typing.ArrayLike = 1.0,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.99999,
+    weight_decay: jax.typing.ArrayLike = 1e-4,
+    clip_radius: jax.typing.ArrayLike | None = None,
+    rescale_lr: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Improved Variational Online Newton: train a Gaussian over the parameters.
+
+    IVON minimises :math:`\lambda E_q[\bar\ell(\theta)] + KL(q \| p)` (Eq. 1) over
+    :math:`q = N(m, \mathrm{diag}(\sigma^2))`, where :math:`\bar\ell` is the mean loss
+    per example and the prior is :math:`p = N(0, 1 / (\lambda\delta))`. The mean `m` is
+    ``params``; :math:`\sigma = 1 / \sqrt{\lambda (h + \delta)}` follows from the state.
+    `sample` draws :math:`\theta \sim q`, the gradient :math:`\hat g` is taken there,
+    and `update` does the rest of Algorithm 1:
+
+    .. math::
+        \hat h &= \hat g (\theta - m) / \sigma^2 \\
+        g &\leftarrow \beta_1 g + (1 - \beta_1) \hat g \\
+        h &\leftarrow \beta_2 h + (1 - \beta_2) \hat h
+            + (1 - \beta_2)^2 (h - \hat h)^2 / (2 (h + \delta)) \\
+        m &\leftarrow m - \alpha\, \mathrm{clip}_\xi
+            [(g / (1 - \beta_1^t) + \delta m) / (h + \delta)]
+
+    >>> import ivon_jax
+    >>> params = {"w": jnp.ones(3)}
+    >>> tx = ivon_jax.ivon(learning_rate=0.1, ess=1000)
+    >>> opt_state = tx.init(params)
+    >>> theta = ivon_jax.sample(jax.random.key(0), params, opt_state)
+    >>> grads = jax.grad(lambda theta: jnp.mean(theta["w"] ** 2))(theta)
+    >>> updates, opt_state = tx.update(grads, opt_state, params, sample=theta)
+    >>> params = optax.apply_updates(params, updates)
+
+    Args:
+      learning_rate: :math:`\alpha`, a number or an optax schedule of the step.
+      ess: :math:`\lambda`, the effective sample size: the number of training examples
+        (examples, not batches). A smaller one widens the posterior (a temperature
+        above one), a larger one narrows it.
+      hess_init: :math:`h_0`, the first `h`, a curvature per example, usually 0.01 to 1.
+        With too small a value the first samples are wild, with too large a one the
+        posterior stays narrower than it should be.
+      b1: :math:`\beta_1`, decay rate of the gradient's moving average, in [0, 1).
+      b2: :math:`\beta_2`, decay rate of the Hessian's, in [0, 1), close to one: the
+        average is over about ``1 / (1 - b2)`` steps.
+      weight_decay: :math:`\delta`, per example: the prior's precision is
+        ``ess * weight_decay``. Zero is an improper, flat prior.
+      clip_radius: :math:`\xi`, largest absolute value of an entry of the direction,
+        before the learning rate; None does not clip. 1e-3 steadies transformers.
+      rescale_lr: multiply the learning rate by ``hess_init + weight_decay``, so that
+        the first steps are as long as SGD's. The paper turns it off when clipping.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`. ``update(grads, state, params)`` also
+      takes one of
+
+      * ``sample=theta``, the draw at which `grads` was taken. `theta` has the shapes of
+        `params`; its rounding error goes into :math:`\hat h`, so keep float32
+        parameters and cast to bfloat16 inside the loss.
+      * ``hess=``, any estimate of the Hessian diagonal of the mean loss.
+
+      State arrays are float32, or wider where a parameter is; updates have the
+      parameters' dtypes.
+
+    Raises:
+      TypeError, ValueError: an argument is of the wrong kind or out of range.
+
+    References:
+      Shen et al., Variational Learning is Effective for Large Deep Networks, ICML 2024,
+      Algorithm 1 and appendix A, https://arxiv.org/abs/2402.17641
+    """
+    if not callable(learning_rate):
+        learning_rate = _checks.non_negative("learning_rate", learning_rate)
+    steps = [_preconditioner(ess, hess_init, b1, b2, weight_decay)]
+    if clip_radius is not None:
+        steps.append(optax.clip(_checks.positive("clip_radius", clip_radius)))
+    if _checks.boolean("rescale_lr", rescale_lr):
+        steps.append(optax.scale(hess_init + weight_decay))
+    steps.append(optax.scale_by_learning_rate(learning_rate))
+    return _in_params_dtype(optax.chain(*steps))
+
+
+def _preconditioner(ess, hess_init, b1, b2, weight_decay):
+    """Algorithm 1 without its learning rate; directions are float32 or wider."""
+    ess = _checks.positive("ess", ess)
+    hess_init = _checks.positive("hess_init", hess_init)
+    b1 = _checks.decay_rate("b1", b1)
+    b2 = _checks.decay_rate("b2", b2)
+    weight_decay = _checks.non_negative("weight_decay", weight_decay)
+
+    def init(params):
+        _checks.floating_leaves(params)
+        return IVONState(
+            count=jnp.zeros([], jnp.int32),
+            ess=jnp.asarray(ess, dtype=float),
+            weight_decay=jnp.asarray(weight_decay, dtype=float),
+            momentum=jax.tree.map(lambda p: _accumulator(p, 0.0), params),
+            hess=jax.tree.map(lambda p: _accumulator(p, hess_init), params),
+        )
+
+    def update(grads, state, params=None, *, sample=None, hess=None, **extra_args):
+        del extra_args
+        _checks.has_params(params)
+        _checks.one_curvature(sample, hess)
+        grads = _checks.like("grads", grads, "`params`", params)
+        if sample is not None:
+            sample = _checks.like("sample", sample, "`params`", params)
+            hess = _hess_estimate(grads, sample, params, state)
+        hess = _checks.like("hess", hess, "`params`", params)
+        count = optax.safe_increment(state.count)
+
+        def step(h, g, mean, grad, hess_hat):
+            values = (mean, grad, hess_hat, count, weight_decay, b1, b2)
+            mean, grad, hess_hat, t, delta, b1_, b2_ = _cast(h.dtype, *values)
+            g = _rules.next_momentum(g, grad, b1_)
+            h = _rules.next_hess(h, hess_hat, b2_, delta)
+            g_bar = _rules.debiased(g, b1_, t)
+            return _Step(_rules.direction(g_bar, mean, h, delta), g, h)
+
+        steps = jax.tree.map(step, state.hess, state.momentum, params, grads, hess)
+        return _field("direction", steps), IVONState(
+            count=count,
+            ess=jnp.asarray(ess, state.ess.dtype),
+            weight_decay=jnp.asarray(weight_decay, state.weight_decay.dtype),
+            momentum=_field("momentum", steps),
+            hess=_field("hess", steps),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _hess_estimate(grads, sample, params, state):
+    """Line 3, with the sigma that `sample` was drawn with: that of `state`."""
+
+    def estimate(h, mean, grad, theta):
+        values = (mean, grad, theta, state.ess, state.weight_decay)
+        mean, grad, theta, ess, delta = _cast(h.dtype, *values)
+        sigma_inv2 = _rules.precision(h, ess, delta)
+        return _rules.hess_estimate(grad, theta - mean, sigma_inv2)
+
+    return jax.tree.map(estimate, state.hess, params, grads, sample)
+
+
+def _in_params_dtype(tx):
+    """Round the updates of `tx` to the parameters' dtypes, once, at the end."""
+
+    def update(grads, state, params=None, **extra_args):
+        updates, state = tx.update(grads, state, params, **extra_args)
+        return optax.tree.cast_like(updates, params), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _accumulator(param, value):
+    """An array of `value` like `param`, in float32 or wider.
+
+    bfloat16 has 8 bits of precision: the Hessian could not move by 1e-5 of itself.
+    """
+    dtype = jnp.promote_types(jnp.result_type(param), jnp.float32)
+    return jnp.full_like(param, value, dtype=dtype)
+
+
+def _cast(dtype, *values):
+    """Cast arrays to `dtype`; Python floats stay, so that ``1 - b2`` is exact."""
+    return [v if isinstance(v, float) else jnp.asarray(v, dtype) for v in values]
+
+
+def _field(name, steps):
+    """The tree of one field from a tree of `_Step`s."""
+    return jax.tree.map(
+        lambda step: getattr(step, name), steps, is_leaf=lambda x: isinstance(x, _Step)
+    )
