@@ -88,7 +88,7 @@ def _representable(hess, weight_decay):
     could make it negative, and after an overflow the next step would be NaN.
     """
     info = jnp.finfo(jnp.result_type(hess))
-    lowest = float(info.tiny) - (1.0 - float(info.eps)) * weight_decay
+    lowest = 2.0 * float(info.tiny) - (1.0 - float(info.eps)) * weight_decay
     return jnp.clip(hess, lowest, float(info.max) ** 0.5)
 
 

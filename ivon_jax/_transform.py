@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from . import _checks, _rules
@@ -210,7 +211,7 @@ def _accumulator(param, value):
 
     bfloat16 has 8 bits of precision: the Hessian could not move by 1e-5 of itself.
     """
-    dtype = jnp.promote_types(jnp.result_type(param), jnp.float32)
+    dtype = np.promote_types(jnp.result_type(param), jnp.float32)
     return jnp.full_like(param, value, dtype=dtype)
 
 

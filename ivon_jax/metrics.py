@@ -113,4 +113,4 @@ def _validated(probs, labels):
     probs, labels = jnp.asarray(probs), jnp.asarray(labels)
     _checks.probabilities("probs", probs)
     _checks.labels("labels", labels, probs)
-    return probs.astype(jnp.promote_types(probs.dtype, jnp.float32)), labels
+    return probs.astype(np.promote_types(probs.dtype, jnp.float32)), labels

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from . import _checks
@@ -64,4 +65,4 @@ def _running_mean(mean, value, number):
 def _mean_dtype(dtype):
     """float32 or wider, and complex for complex."""
     floating = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
-    return jnp.promote_types(floating, jnp.float32)
+    return np.promote_types(floating, jnp.float32)

@@ -1,3 +1,5 @@
+"""A strict session: no implicit promotion, fixed seeds, double precision on demand."""
+
 import jax
 import pytest
 
@@ -8,3 +10,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(params=[0, 1, 2], ids="seed={}".format)
 def key(request):
     return jax.random.key(request.param)
+
+
+@pytest.fixture
+def standard_promotion():
+    """For optax's own transformations that are not written for strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    """Run one test in double precision."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)

@@ -1,0 +1,350 @@
+"""IVON as an optax transformation: state, dtypes, options, and clear errors."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ivon_jax
+
+PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3), "scale": jnp.ones(())}
+GRADS = jax.tree.map(jnp.cos, PARAMS)
+
+
+def step(tx, params, opt_state, key, grads=None):
+    """One step at a sample, with the gradient cos(theta) unless given."""
+    theta = ivon_jax.sample(key, params, opt_state)
+    grads = jax.tree.map(jnp.cos, theta) if grads is None else grads
+    updates, opt_state = tx.update(grads, opt_state, params, sample=theta)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def test_update_keeps_structure_shapes_and_dtypes(key):
+    tx = ivon_jax.ivon(0.1, ess=100)
+    opt_state = tx.init(PARAMS)
+    _, new_state = step(tx, PARAMS, opt_state, key)
+    assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, opt_state)
+
+
+def test_state_holds_arrays_only():
+    leaves = jax.tree.leaves(ivon_jax.ivon(0.1, ess=100).init(PARAMS))
+    assert all(isinstance(leaf, jax.Array) and not leaf.weak_type for leaf in leaves)
+
+
+def test_jitted_step_compiles_once(key):
+    tx = ivon_jax.ivon(0.1, ess=100)
+    params, opt_state = PARAMS, tx.init(PARAMS)
+    traces = []
+
+    @jax.jit
+    def train_step(params, opt_state, key):
+        traces.append(1)
+        return step(tx, params, opt_state, key)
+
+    for step_key in jax.random.split(key, 3):
+        params, opt_state = train_step(params, opt_state, step_key)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_accumulators_are_float32_and_updates_like_params(dtype, key):
+    tx = ivon_jax.ivon(0.1, ess=100, clip_radius=0.5)
+    params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+    opt_state = tx.init(params)
+    theta = ivon_jax.sample(key, params, opt_state)
+    updates, opt_state = tx.update(theta, opt_state, params, sample=theta)
+    [state] = ivon_jax.find_states(opt_state)
+    for tree in (theta, updates):
+        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(dtype)}
+    for tree in (state.hess, state.momentum):
+        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.usefixtures("x64")
+def test_accumulators_are_as_wide_as_their_parameter(key):
+    """Under x64 each leaf keeps its own precision, mixed trees included."""
+    tx = ivon_jax.scale_by_ivon(ess=100)
+    dtypes = {"a": jnp.float64, "b": jnp.float32, "c": jnp.bfloat16}
+    params = jax.tree.map(lambda dtype: jnp.ones(2, dtype), dtypes)
+    opt_state = tx.init(params)
+    params, opt_state = step(tx, params, opt_state, key)
+    found = jax.tree.map(lambda h: h.dtype, opt_state.hess)
+    assert found == {"a": jnp.float64, "b": jnp.float32, "c": jnp.float32}
+    assert jax.tree.map(lambda p: p.dtype, params) == dtypes
+    assert opt_state.ess.dtype == jnp.float64
+
+
+def test_float16_updates_do_not_overflow_between_the_steps():
+    """A direction of 1e5 is inf in float16; the update, a thousandth of it, is not."""
+    tx = ivon_jax.ivon(0.1, ess=100, hess_init=0.01, weight_decay=0.0, b1=0.0)
+    params = jnp.zeros(2, jnp.float16)
+    grads, hess = jnp.full(2, 1e3, jnp.float16), jnp.full(2, 0.01)
+    updates, _ = tx.update(grads, tx.init(params), params, hess=hess)
+    np.testing.assert_allclose(updates.astype(jnp.float32), -100.0, rtol=1e-3)
+
+
+def test_hess_is_the_curvature_of_the_step():
+    """With h_hat = h the Hessian stays, and the first step is SGD's, with L2."""
+    tx = ivon_jax.ivon(0.1, ess=100, hess_init=2.0, weight_decay=0.5)
+    opt_state = tx.init(PARAMS)
+    hess = jax.tree.map(lambda p: jnp.full_like(p, 2.0), PARAMS)
+    updates, opt_state = tx.update(GRADS, opt_state, PARAMS, hess=hess)
+    expected = jax.tree.map(lambda g, p: -0.1 * (g + 0.5 * p), GRADS, PARAMS)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+    chex.assert_trees_all_equal(ivon_jax.find_states(opt_state)[0].hess, hess)
+
+
+def test_sample_stands_for_the_product_with_its_perturbation(key):
+    """``sample=theta`` is ``hess=grad (theta - m) / sigma^2``."""
+    tx = ivon_jax.ivon(0.1, ess=100)
+    opt_state = tx.init(PARAMS)
+    theta = ivon_jax.sample(key, PARAMS, opt_state)
+    precision = ivon_jax.posterior(PARAMS, opt_state).precision
+    hess = jax.tree.map(
+        lambda g, t, m, p: g * (t - m) * p, GRADS, theta, PARAMS, precision
+    )
+    at_sample = tx.update(GRADS, opt_state, PARAMS, sample=theta)
+    with_hess = tx.update(GRADS, opt_state, PARAMS, hess=hess)
+    chex.assert_trees_all_close(at_sample, with_hess, rtol=1e-6)
+
+
+def test_clip_radius_bounds_each_entry_of_the_direction():
+    """Entries of the direction lie on both sides of the radius: some are cut."""
+    settings = {"ess": 100, "rescale_lr": False}
+    hess = jax.tree.map(jnp.ones_like, PARAMS)
+    free, cut = (
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, hess=hess)[0]
+        for tx in (
+            ivon_jax.ivon(2.0, **settings),
+            ivon_jax.ivon(2.0, clip_radius=0.5, **settings),
+        )
+    )
+    expected = jax.tree.map(lambda u: jnp.clip(u, -2.0 * 0.5, 2.0 * 0.5), free)
+    chex.assert_trees_all_close(cut, expected, rtol=1e-6)
+    assert any(jnp.any(jnp.abs(u) > 1.0) for u in jax.tree.leaves(free))
+
+
+@pytest.mark.parametrize("clip_radius", [None, 0.5])
+def test_rescale_lr_multiplies_the_learning_rate(clip_radius, key):
+    """By hess_init + weight_decay, clipped or not: the switches are independent."""
+    settings = {"ess": 10, "hess_init": 0.3, "weight_decay": 0.2}
+    rescaled = ivon_jax.ivon(0.1, clip_radius=clip_radius, **settings)
+    plain = ivon_jax.ivon(
+        0.1 * (0.3 + 0.2), clip_radius=clip_radius, rescale_lr=False, **settings
+    )
+    results = [step(tx, PARAMS, tx.init(PARAMS), key)[0] for tx in (rescaled, plain)]
+    chex.assert_trees_all_close(*results, rtol=1e-6)
+
+
+def test_ivon_is_scale_by_ivon_and_a_learning_rate(key):
+    rule = ivon_jax.scale_by_ivon(ess=100)
+    chained = optax.chain(rule, optax.scale_by_learning_rate(0.1))
+    ready = ivon_jax.ivon(0.1, ess=100, rescale_lr=False)
+    results = [step(tx, PARAMS, tx.init(PARAMS), key)[0] for tx in (chained, ready)]
+    chex.assert_trees_all_close(*results, rtol=1e-6)
+
+
+def test_learning_rate_may_be_a_schedule(key):
+    """The schedule's first two values, one step each."""
+    rates = jnp.array([0.1, 0.05])
+    tx = ivon_jax.ivon(lambda count: rates[count], ess=100)
+    params, opt_state = PARAMS, tx.init(PARAMS)
+    expected, expected_state = params, opt_state
+    for rate in (0.1, 0.05):
+        params, opt_state = step(tx, params, opt_state, key, GRADS)
+        fixed = ivon_jax.ivon(lambda _, rate=rate: rate, ess=100)
+        expected, expected_state = step(fixed, expected, expected_state, key, GRADS)
+    chex.assert_trees_all_close(params, expected, rtol=1e-6)
+
+
+def test_hess_estimate_uses_the_sigma_of_the_sample(key):
+    """A scheduled ess changes the next sample's sigma, not that of the one drawn."""
+    ess = jnp.array([100.0, 400.0])
+    make = optax.inject_hyperparams(ivon_jax.ivon)
+    tx = make(learning_rate=0.0, ess=lambda count: ess[count], b2=0.5)
+    before = tx.init(PARAMS)
+    theta = ivon_jax.sample(key, PARAMS, before)
+    _, after = tx.update(GRADS, before, PARAMS, sample=theta)
+    _, last = tx.update(GRADS, after, PARAMS, sample=theta)
+    [old], [new] = ivon_jax.find_states(before), ivon_jax.find_states(last)
+    assert (old.ess, new.ess) == (100.0, 400.0)
+    fixed = ivon_jax.ivon(0.0, ess=100, b2=0.5)
+    _, expected = fixed.update(GRADS, fixed.init(PARAMS), PARAMS, sample=theta)
+    chex.assert_trees_all_close(
+        ivon_jax.find_states(after)[0].hess, ivon_jax.find_states(expected)[0].hess
+    )
+
+
+def test_extra_arguments_of_others_are_accepted():
+    tx = ivon_jax.ivon(0.1, ess=100)
+    tx.update(GRADS, tx.init(PARAMS), PARAMS, hess=GRADS, value=1.0)
+
+
+def test_empty_none_and_zero_size_leaves_are_no_obstacle(key):
+    """As Equinox's filtered trees have them."""
+    tx = ivon_jax.ivon(0.1, ess=100)
+    params = {"a": None, "b": (), "c": jnp.ones((0, 3)), "d": jnp.ones(2)}
+    new_params, _ = step(tx, params, tx.init(params), key)
+    assert jax.tree.structure(new_params) == jax.tree.structure(params)
+
+
+def test_sample_and_update_hold_no_noise_buffer():
+    """The state is two trees like params and three scalars."""
+    tx = ivon_jax.ivon(0.1, ess=100)
+    leaves = jax.tree.leaves(tx.init(PARAMS))
+    assert sum(leaf.size for leaf in leaves) == 2 * sum(
+        leaf.size for leaf in jax.tree.leaves(PARAMS)
+    ) + len(["count", "ess", "weight_decay"])
+
+
+TX = ivon_jax.ivon(0.1, ess=100)
+STATE = TX.init(PARAMS)
+
+
+def test_update_without_params_says_what_to_pass():
+    message = "`update` needs `params`, the posterior mean, got None. Call `tx.update("
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TX.update(GRADS, STATE, sample=PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [("neither", {}), ("both", {"sample": PARAMS, "hess": PARAMS})],
+)
+def test_update_needs_one_source_of_curvature(given, arguments):
+    message = f"`update` needs `sample` or `hess`, got {given}. Pass `sample=theta`"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TX.update(GRADS, STATE, PARAMS, **arguments)
+
+
+@pytest.mark.parametrize("name", ["sample", "hess"])
+@pytest.mark.parametrize("tree", [{"w": 0}, [1, 2, 3], jnp.ones(3)], ids=str)
+def test_trees_of_another_structure_are_named(name, tree):
+    message = f"`{name}` must have the tree structure of `params`, got"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TX.update(GRADS, STATE, PARAMS, **{name: tree})
+
+
+@pytest.mark.parametrize("name", ["sample", "hess"])
+def test_trees_of_another_shape_are_named(name):
+    """A shape that would broadcast is an error, too."""
+    message = f"got () at {name}['w'], where `params` has (2, 3)."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TX.update(GRADS, STATE, PARAMS, **{name: PARAMS | {"w": jnp.ones(())}})
+
+
+def test_gradients_of_another_structure_are_named():
+    message = "`grads` must have the tree structure of `params`, got"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TX.update({"w": GRADS["w"]}, STATE, PARAMS, sample=PARAMS)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_parameters_without_a_gaussian_are_named(dtype):
+    message = f"`params` must be real floating-point arrays, got {dtype} at params['n']"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        TX.init({"n": jnp.ones(2, dtype)})
+
+
+CONSTRUCTORS = {
+    "ivon": lambda **kwargs: ivon_jax.ivon(
+        **{"learning_rate": 0.1, "ess": 100} | kwargs
+    ),
+    "scale_by_ivon": lambda **kwargs: ivon_jax.scale_by_ivon(**{"ess": 100} | kwargs),
+}
+NAN, INF = float("nan"), float("inf")
+BAD_VALUES = [
+    *[("ess", bad, "positive") for bad in (0, -1, -1.0, NAN, np.float32(-2))],
+    *[("hess_init", bad, "positive") for bad in (0, 0.0, -1.0, NAN, np.array(0.0))],
+    *[("weight_decay", bad, "non-negative") for bad in (-1, -1e-4, NAN)],
+    *[(b, bad, "in [0, 1)") for b in ("b1", "b2") for bad in (-0.1, 1, 1.0, 2.0, NAN)],
+    *[(name, INF, "finite") for name in ("ess", "hess_init", "weight_decay", "b2")],
+]
+
+
+@pytest.mark.parametrize("make", CONSTRUCTORS.values(), ids=CONSTRUCTORS)
+@pytest.mark.parametrize(("name", "bad", "allowed"), BAD_VALUES)
+def test_a_value_out_of_range_is_named(make, name, bad, allowed):
+    message = f"`{name}` must be {allowed}, got {bad}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(**{name: bad})
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "allowed"),
+    [
+        *[("learning_rate", bad, "non-negative") for bad in (-0.1, NAN)],
+        ("learning_rate", INF, "finite"),
+        *[("clip_radius", bad, "positive") for bad in (0, 0.0, -1e-3, NAN)],
+        ("clip_radius", INF, "finite"),
+    ],
+)
+def test_a_value_out_of_range_is_named_by_ivon(name, bad, allowed):
+    message = f"`{name}` must be {allowed}, got {bad}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CONSTRUCTORS["ivon"](**{name: bad})
+
+
+NUMBERS = [
+    "learning_rate",
+    "ess",
+    "hess_init",
+    "b1",
+    "b2",
+    "weight_decay",
+    "clip_radius",
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("bad", ["0.1", True, 1j, [0.1]], ids=repr)
+def test_a_value_of_the_wrong_type_is_named(name, bad):
+    message = f"`{name}` must be a number, got {bad!r}."
+    with pytest.raises(TypeError, match=re.escape(message)):
+        CONSTRUCTORS["ivon"](**{name: bad})
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_an_array_is_not_a_scalar(name):
+    message = f"`{name}` must be a real scalar, got an array of shape (2,)"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        CONSTRUCTORS["ivon"](**{name: jnp.ones(2)})
+
+
+@pytest.mark.parametrize("bad", ["yes", None, 1, 0.5])
+def test_rescale_lr_is_a_boolean(bad):
+    message = f"`rescale_lr` must be True or False, got {bad!r}."
+    with pytest.raises(TypeError, match=re.escape(message)):
+        CONSTRUCTORS["ivon"](rescale_lr=bad)
+
+
+def test_a_schedule_for_ess_is_sent_to_inject_hyperparams():
+    message = "To schedule it, use `optax.inject_hyperparams`."
+    with pytest.raises(TypeError, match=re.escape(message)):
+        ivon_jax.ivon(0.1, ess=lambda count: 100.0 * count)
+
+
+def test_a_low_precision_decay_rate_is_refused():
+    """b2 = 0.99999 in bfloat16 is 1: the Hessian would freeze in silence."""
+    tx = optax.inject_hyperparams(ivon_jax.ivon)(learning_rate=0.1, ess=100)
+    message = "`b1` must be float32 or wider, got bfloat16"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        tx.init(jnp.ones(2, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_tracers_pass_through(name):
+    """As under vmap over hyperparameters, or `optax.inject_hyperparams` in jit."""
+
+    def first_updates(value):
+        tx = CONSTRUCTORS["ivon"](**{name: value})
+        return tx.update(GRADS, tx.init(PARAMS), PARAMS, hess=GRADS)[0]
+
+    by_vmap = jax.vmap(first_updates)(jnp.array([0.2, 0.5]))
+    one_by_one = [first_updates(value) for value in (0.2, 0.5)]
+    expected = jax.tree.map(lambda *updates: jnp.stack(updates), *one_by_one)
+    chex.assert_trees_all_close(by_vmap, expected, rtol=1e-5, atol=1e-7)
