@@ -95,14 +95,19 @@ def floating_leaves(params):
             )
 
 
-def one_curvature(sample, hess):
-    """Reject an update that has no source for the Hessian, or two."""
-    if (sample is None) == (hess is None):
-        given = "neither" if sample is None else "both"
+def one_curvature(sample, hess, grads, estimate_type):
+    """Reject an update that has no source for the Hessian, or several."""
+    sources = {"sample": sample, "hess": hess, "an `Estimate` for `grads`": None}
+    if isinstance(grads, estimate_type):
+        sources["an `Estimate` for `grads`"] = grads
+    given = [name for name, source in sources.items() if source is not None]
+    if len(given) != 1:
         raise ValueError(
-            f"`update` needs `sample` or `hess`, got {given}. Pass `sample=theta`, the "
-            "theta of `ivon_jax.sample(key, params, opt_state)` at which the gradient "
-            "was taken, or `hess=`, an estimate of the Hessian diagonal."
+            "`update` needs exactly one source of the Hessian, got "
+            f"{' and '.join(given) or 'none'}. Pass `sample=theta`, the theta of "
+            "`ivon_jax.sample(key, params, opt_state)` where the gradient was taken, "
+            "or `hess=`, an estimate of the Hessian diagonal, or the `Estimate` of "
+            "`ivon_jax.value_and_grad` in the place of the gradients."
         )
 
 
@@ -222,3 +227,83 @@ def labels(name, labels, probs):
         raise ValueError(
             f"`{name}` must be in 0..{num_classes - 1}, got {low if low < 0 else high}."
         )
+
+
+def choice(name, value, allowed):
+    """Return one of a closed set of strings."""
+    if value not in allowed:
+        options = " or ".join(f'"{option}"' for option in allowed)
+        raise ValueError(f"`{name}` must be {options}, got {value!r}.")
+    return value
+
+
+def stateless(name, transform, params):
+    """Reject what is no optax transformation, or one that would need its state kept."""
+    if not isinstance(transform, optax.GradientTransformation):
+        raise TypeError(
+            f"`{name}` must be an optax transformation, such as "
+            f"`optax.clip_by_global_norm(1.0)`, got {transform!r}."
+        )
+    state = jax.eval_shape(transform.init, params)
+    if jax.tree.leaves(state):
+        raise ValueError(
+            f"`{name}` must be stateless, got one with the state {state}. Chain it "
+            "before `ivon_jax.ivon` instead."
+        )
+
+
+def scalar_loss(value, has_aux):
+    """Reject a loss to which no gradient, or not that of the mean, belongs."""
+    if has_aux and not (isinstance(value, tuple) and len(value) == 2):
+        raise TypeError(
+            "`loss_fn` must return (loss, aux) with has_aux=True, got "
+            f"{type(value).__name__}."
+        )
+    loss = value[0] if has_aux else value
+    if isinstance(loss, (tuple, list, dict)):
+        raise TypeError(
+            f"`loss_fn` must return a scalar, got {type(loss).__name__}. Pass "
+            "`has_aux=True` if it returns (loss, aux)."
+        )
+    if jnp.shape(loss) != ():
+        raise ValueError(
+            "`loss_fn` must return a scalar, the mean loss per example, got shape "
+            f"{jnp.shape(loss)}. Take its mean."
+        )
+
+
+def divisible(name, count, arrays):
+    """Reject arrays that do not fall into `count` slices of one length."""
+    if not arrays:
+        raise ValueError(
+            f"`{name}` needs a batch to cut into {count}, got no array with an axis in "
+            "`args`."
+        )
+    for array in arrays:
+        if array.shape[0] % count:
+            raise ValueError(
+                f"`{name}` must divide the first axis of every array in `args`, got "
+                f"{count} for an array of shape {array.shape}."
+            )
+
+
+def batch_size(args):
+    """Return the one length of the first axes of the arrays in `args`."""
+    lengths = {x.shape[0] for x in jax.tree.leaves(args) if getattr(x, "ndim", 0)}
+    if len(lengths) != 1:
+        raise ValueError(
+            '`hess_estimator`="gauss_newton" needs the examples along the first axis '
+            f"of every array in `args`, got lengths {sorted(lengths)}."
+        )
+    return lengths.pop()
+
+
+def axis_index(axis_name):
+    """Return this device's index along a mapped axis."""
+    try:
+        return jax.lax.axis_index(axis_name)
+    except NameError:
+        raise ValueError(
+            f"`axis_name` must be bound by a map around the call, got {axis_name!r}. "
+            "Call inside `jax.shard_map` or `jax.pmap` with that axis name."
+        ) from None

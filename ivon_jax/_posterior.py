@@ -34,12 +34,14 @@ class Posterior(NamedTuple):
     @property
     def variance(self) -> optax.Params:
         r""":math:`\sigma^2`, a tree of `mean`'s structure; zero for a point mass."""
-        return _map(lambda _, p: 1.0 / p, self, point_mass=jnp.zeros_like)
+        return map_arrays(lambda _, p: 1.0 / p, self, point_mass=jnp.zeros_like)
 
     @property
     def stddev(self) -> optax.Params:
         r""":math:`\sigma`, a tree of `mean`'s structure; zero for a point mass."""
-        return _map(lambda _, p: 1.0 / jnp.sqrt(p), self, point_mass=jnp.zeros_like)
+        return map_arrays(
+            lambda _, p: 1.0 / jnp.sqrt(p), self, point_mass=jnp.zeros_like
+        )
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> optax.Params:
         r"""Draw :math:`\theta \sim q`.
@@ -57,22 +59,13 @@ class Posterior(NamedTuple):
           A tree of `mean`'s structure and dtypes; each array has shape
           ``shape + mean.shape``. Point masses are their mean.
         """
-        draw = self._draw
+
+        def draw(key):
+            return shifted(self, perturbation(self, key))
+
         for _ in shape:
             draw = jax.vmap(draw)
         return draw(jax.random.split(key, shape) if shape else key)
-
-    def _draw(self, key):
-        """One sample; every array has a key of its own, whatever the others are."""
-        leaves, structure = jax.tree.flatten(self.mean)
-        keys = structure.unflatten(jax.random.split(key, len(leaves)))
-
-        def perturb(mean, precision, leaf_key):
-            noise = jax.random.normal(leaf_key, mean.shape, precision.dtype)
-            theta = _rules.perturb(mean.astype(precision.dtype), noise, precision)
-            return theta.astype(mean.dtype)
-
-        return _map(perturb, self, keys, point_mass=lambda mean: mean)
 
     def log_prob(self, theta: optax.Params) -> jax.Array:
         r"""Log-density :math:`\log q(\theta)` in nats, without the point masses.
@@ -88,7 +81,7 @@ class Posterior(NamedTuple):
             log_scale = jnp.log(precision / (2 * math.pi))
             return 0.5 * jnp.sum(log_scale - precision * residual**2)
 
-        return _total(_map(log_density, self, theta))
+        return _total(map_arrays(log_density, self, theta))
 
     def entropy(self) -> jax.Array:
         r"""Entropy :math:`-E_q[\log q(\theta)]` in nats, without the point masses.
@@ -98,7 +91,7 @@ class Posterior(NamedTuple):
         0.0
         """
         return _total(
-            _map(lambda _, p: 0.5 * jnp.sum(1 - jnp.log(p / (2 * math.pi))), self)
+            map_arrays(lambda _, p: 0.5 * jnp.sum(1 - jnp.log(p / (2 * math.pi))), self)
         )
 
     def kl_divergence(self, prior: "Posterior") -> jax.Array:
@@ -129,7 +122,7 @@ class Posterior(NamedTuple):
             shift = prior_precision * (mean - prior_mean) ** 2
             return 0.5 * jnp.sum(ratio - jnp.log(ratio) + shift - 1)
 
-        return _total(_map(divergence, self, prior.mean, prior.precision))
+        return _total(map_arrays(divergence, self, prior.mean, prior.precision))
 
 
 def posterior(params: optax.Params, opt_state: optax.OptState) -> Posterior:
@@ -202,6 +195,27 @@ def find_states(opt_state: optax.OptState) -> list[IVONState]:
     return [node for node in nodes if _is_ivon(node)]
 
 
+def perturbation(q: Posterior, key: jax.Array) -> optax.Params:
+    """Draw theta - m in `precision`'s dtypes; every array has a key of its own."""
+    leaves, structure = jax.tree.flatten(q.mean)
+    keys = structure.unflatten(jax.random.split(key, len(leaves)))
+
+    def draw(mean, precision, leaf_key):
+        noise = jax.random.normal(leaf_key, mean.shape, precision.dtype)
+        return _rules.perturbation(noise, precision)
+
+    return map_arrays(draw, q, keys)
+
+
+def shifted(q: Posterior, perturbation: optax.Params) -> optax.Params:
+    """Return theta = m + perturbation, rounded to the parameters' dtypes."""
+
+    def shift(mean, precision, delta):
+        return (mean.astype(precision.dtype) + delta).astype(mean.dtype)
+
+    return map_arrays(shift, q, perturbation, point_mass=lambda mean: mean)
+
+
 def _is_ivon(node):
     return isinstance(node, IVONState)
 
@@ -219,7 +233,7 @@ def _precision(params, state):
     return jax.tree.map(precision, state.hess, params, is_leaf=_checks.is_masked)
 
 
-def _map(fn, q, *rest, point_mass=lambda _: None):
+def map_arrays(fn, q, *rest, point_mass=lambda _: None):
     """Map `fn` over mean, precision and `rest`, `point_mass` over the other means."""
 
     def leaf(mean, precision, *values):

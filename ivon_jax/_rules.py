@@ -26,13 +26,13 @@ def precision(hess, ess, weight_decay):
     return ess * (hess + weight_decay)
 
 
-def perturb(mean, noise, precision):
-    r"""Line 2: :math:`\theta = m + \sigma \epsilon`, for standard normal `noise`.
+def perturbation(noise, precision):
+    r"""Line 2: :math:`\theta - m = \sigma \epsilon`, for standard normal `noise`.
 
-    >>> print(perturb(1.0, noise=2.0, precision=4.0))
-    2.0
+    >>> print(perturbation(noise=2.0, precision=4.0))
+    1.0
     """
-    return mean + noise / jnp.sqrt(precision)
+    return noise / jnp.sqrt(precision)
 
 
 def hess_estimate(grad, perturbation, precision):
@@ -46,6 +46,18 @@ def hess_estimate(grad, perturbation, precision):
     -20.0
     """
     return grad * perturbation * precision
+
+
+def squared_gradient(grad):
+    r"""The squared gradient :math:`\hat g^2`, for line 3's :math:`\hat h`.
+
+    Of one example's gradient it is the Gauss-Newton term of Eq. 2; of a mini-batch's
+    mean gradient it is the cheap, biased stand-in of RMSprop and Adam.
+
+    >>> squared_gradient(-3.0)
+    9.0
+    """
+    return grad**2
 
 
 def next_momentum(momentum, grad, b1):

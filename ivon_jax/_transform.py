@@ -20,6 +20,17 @@ class IVONState(NamedTuple):
     hess: optax.Updates  # shapes of params, float32 or wider: h > -delta, per example
 
 
+class Estimate(NamedTuple):
+    """What one step learns of the mean loss: `update` takes it for gradients.
+
+    Both are averages over samples, micro-batches and devices, as `value_and_grad` makes
+    them: the product of gradient and noise comes before the mean.
+    """
+
+    grad: optax.Updates  # shapes of params, float32 or wider: g hat, per example
+    hess: optax.Updates  # the same: h hat, per example; None for a point mass
+
+
 class _Step(NamedTuple):
     """Lines 4 to 7 for one parameter array."""
 
@@ -112,7 +123,9 @@ def ivon(
       * ``sample=theta``, the draw at which `grads` was taken. `theta` has the shapes of
         `params`; its rounding error goes into :math:`\hat h`, so keep float32
         parameters and cast to bfloat16 inside the loss.
-      * ``hess=``, any estimate of the Hessian diagonal of the mean loss.
+      * ``hess=``, any estimate of the Hessian diagonal of the mean loss,
+
+      or an `Estimate` for `grads`, which carries both.
 
       State arrays are float32, or wider where a parameter is; updates have the
       parameters' dtypes.
@@ -156,7 +169,9 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay):
     def update(grads, state, params=None, *, sample=None, hess=None, **extra_args):
         del extra_args
         _checks.has_params(params)
-        _checks.one_curvature(sample, hess)
+        _checks.one_curvature(sample, hess, grads, Estimate)
+        if isinstance(grads, Estimate):
+            grads, hess = grads
         grads = _checks.like("grads", grads, "`params`", params)
         if sample is not None:
             sample = _checks.like("sample", sample, "`params`", params)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from . import _checks
+from ._mean import scan_mean
 from ._posterior import Posterior
 
 
@@ -44,25 +45,14 @@ def predict(
     """
     _checks.integer_between("num_samples", num_samples, 1)
 
-    def average(mean, numbered_key):
-        number, sample_key = numbered_key
-        value = fn(posterior.sample(sample_key))
-        return jax.tree.map(lambda m, v: _running_mean(m, v, number), mean, value), None
+    def outputs(sample_key):
+        return jax.tree.map(_at_least_float32, fn(posterior.sample(sample_key)))
 
-    shapes = jax.eval_shape(lambda: fn(posterior.sample(key)))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _mean_dtype(s.dtype)), shapes)
-    numbers = jnp.arange(1, num_samples + 1)
-    keys = jax.random.split(key, num_samples)
-    mean, _ = jax.lax.scan(average, zeros, (numbers, keys))
-    return mean
+    return scan_mean(outputs, jax.random.split(key, num_samples))
 
 
-def _running_mean(mean, value, number):
-    """The mean of `number` values, from the mean of all but the last."""
-    return mean + (value.astype(mean.dtype) - mean) / number.astype(mean.dtype)
-
-
-def _mean_dtype(dtype):
-    """float32 or wider, and complex for complex."""
-    floating = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
-    return np.promote_types(floating, jnp.float32)
+def _at_least_float32(x):
+    """`x` in a dtype that can hold a mean."""
+    x = jnp.asarray(x)
+    inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+    return x.astype(np.promote_types(x.dtype, np.float32) if inexact else jnp.float32)

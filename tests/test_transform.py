@@ -212,13 +212,28 @@ def test_update_without_params_says_what_to_pass():
 
 
 @pytest.mark.parametrize(
-    ("given", "arguments"),
-    [("neither", {}), ("both", {"sample": PARAMS, "hess": PARAMS})],
+    ("given", "grads", "arguments"),
+    [
+        ("none", GRADS, {}),
+        ("sample and hess", GRADS, {"sample": PARAMS, "hess": PARAMS}),
+        (
+            "sample and an `Estimate` for `grads`",
+            ivon_jax.Estimate(GRADS, GRADS),
+            {"sample": PARAMS},
+        ),
+    ],
 )
-def test_update_needs_one_source_of_curvature(given, arguments):
-    message = f"`update` needs `sample` or `hess`, got {given}. Pass `sample=theta`"
+def test_update_needs_one_source_of_curvature(given, grads, arguments):
+    message = f"exactly one source of the Hessian, got {given}. Pass `sample=theta`"
     with pytest.raises(ValueError, match=re.escape(message)):
-        TX.update(GRADS, STATE, PARAMS, **arguments)
+        TX.update(grads, STATE, PARAMS, **arguments)
+
+
+def test_an_estimate_stands_for_gradient_and_hessian():
+    estimate = ivon_jax.Estimate(GRADS, PARAMS)
+    chex.assert_trees_all_equal(
+        TX.update(estimate, STATE, PARAMS), TX.update(GRADS, STATE, PARAMS, hess=PARAMS)
+    )
 
 
 @pytest.mark.parametrize("name", ["sample", "hess"])

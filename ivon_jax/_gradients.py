@@ -1,0 +1,242 @@
+"""From a loss to what `update` needs: gradient and Hessian estimate under q."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import _checks, _rules
+from ._mean import scan_mean, vmap_mean
+from ._posterior import map_arrays, perturbation, posterior, shifted
+from ._transform import Estimate
+
+ESTIMATORS = ("reparameterization", "squared_gradient", "gauss_newton")
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    has_aux: bool = False,
+    *,
+    mc_samples: int = 1,
+    microbatches: int = 1,
+    grad_transform: optax.GradientTransformation | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    hess_estimator: Literal[
+        "reparameterization", "squared_gradient", "gauss_newton"
+    ] = "reparameterization",
+    vectorize: bool = False,
+) -> Callable[..., tuple[Any, Estimate]]:
+    r"""Estimate value, gradient and Hessian diagonal of a loss over the posterior.
+
+    This is lines 2 and 3 of Algorithm 1 with the paper's averages over samples s and
+    devices j (section 3), each with noise of its own:
+
+    .. math::
+        \hat g = \frac{1}{JS} \sum_{j,s} \nabla \bar\ell(\theta_j^{(s)}), \qquad
+        \hat h = \frac{1}{JS} \sum_{j,s}
+            \nabla \bar\ell(\theta_j^{(s)}) (\theta_j^{(s)} - m) / \sigma^2
+
+    The product comes before the mean: the mean gradient times the mean noise would be
+    wrong by a factor of JS.
+
+    >>> import ivon_jax
+    >>> def loss_fn(theta, x):
+    ...     return jnp.mean((x - theta) ** 2)
+    >>> tx = ivon_jax.ivon(learning_rate=0.1, ess=1000)
+    >>> params, batch = jnp.zeros(2), jnp.ones((8, 2))
+    >>> opt_state = tx.init(params)
+    >>> grad_fn = ivon_jax.value_and_grad(loss_fn, mc_samples=4, microbatches=2)
+    >>> loss, estimate = grad_fn(jax.random.key(0), params, opt_state, batch)
+    >>> updates, opt_state = tx.update(estimate, opt_state, params)
+
+    Args:
+      loss_fn: ``loss_fn(theta, *args)``, the *mean* loss per example, a scalar; with
+        `has_aux` a pair of it and any pytree.
+      has_aux: whether `loss_fn` returns a pair. Floating-point leaves of aux come back
+        averaged, as the loss does; of others (counters, say) the last one comes back.
+      mc_samples: S, how many samples each (micro-)batch is evaluated at.
+      microbatches: cut every array in `args` along its first axis into this many
+        slices, one after the other, each with fresh noise: memory for one slice. Slice
+        j has the rows ``j::microbatches``, so a batch that is sharded over devices
+        stays so. Scalars go to every slice as they are; anything else of a fixed size
+        belongs into `loss_fn`.
+      grad_transform: a stateless optax transformation, such as
+        ``optax.clip_by_global_norm(1.0)``, of every sampled gradient before the product
+        with its noise, as in the paper's GPT-2 runs.
+      axis_name: the axis, or axes, of `jax.shard_map` or `jax.pmap` over which each
+        device draws its own noise, from ``jax.random.fold_in(key, axis_index)``, and
+        over which all results are averaged.
+      hess_estimator: how to estimate the Hessian diagonal (the paper's Table 7):
+
+        * "reparameterization", Eq. 3: unbiased for the Hessian of the smoothed loss,
+          may be negative; one product.
+        * "squared_gradient": :math:`\hat g^2`, of the mini-batch. Its noise is counted
+          as curvature, and near an optimum it is about the Gauss-Newton estimate
+          divided by the batch size; one product.
+        * "gauss_newton", Eq. 2 (VOGN): the mean of squared gradients of single
+          examples, ``loss_fn(theta, *[a[i:i+1] for a in args])``. Unbiased for the
+          diagonal of the Fisher information where labels follow the model, never
+          negative; a second backward pass, and memory for a gradient for each example
+          of a micro-batch. `grad_transform` does not act on these.
+
+      vectorize: evaluate the `mc_samples` side by side (`jax.vmap`) instead of one
+        after the other: faster for small models, memory grows with S.
+
+    Returns:
+      A function ``(key, params, opt_state, *args) -> value, Estimate(grad, hess)``,
+      where value is the loss, or (loss, aux) with `has_aux`. With one sample of one
+      batch, theta is ``ivon_jax.sample(key, params, opt_state)``. If params are
+      bfloat16 or float16, theta is rounded, but the noise in the product is not, so no
+      rounding error is taken for curvature.
+
+      Pass the `Estimate` to ``tx.update`` in the place of the gradients where IVON is
+      the outermost transformation, or ``tx.update(estimate.grad, opt_state, params,
+      hess=estimate.hess)`` within `optax.chain`, `masked` or `partition`.
+
+    Raises:
+      TypeError, ValueError: an argument, the loss or a batch is not as described; no
+        IVON state is in `opt_state`.
+
+    References:
+      Shen et al., Variational Learning is Effective for Large Deep Networks, ICML 2024,
+      Eqs. 2 and 3, section 3 (multiple GPUs), appendix B.2, C.1.
+    """
+    _checks.integer_between("mc_samples", mc_samples, 1)
+    _checks.integer_between("microbatches", microbatches, 1)
+    _checks.choice("hess_estimator", hess_estimator, ESTIMATORS)
+    mean_over_samples = (
+        vmap_mean if _checks.boolean("vectorize", vectorize) else scan_mean
+    )
+    loss_fn = _with_aux(loss_fn, _checks.boolean("has_aux", has_aux))
+
+    def draw(q, key, args):
+        noise = perturbation(q, key)
+        theta = shifted(q, noise)
+        (loss, aux), grad = jax.value_and_grad(loss_fn, has_aux=True)(theta, *args)
+        if grad_transform is not None:
+            grad = _transformed(grad_transform, grad, theta)
+        match hess_estimator:
+            case "reparameterization":
+                hess = _reparameterization(q, grad, theta, noise)
+            case "squared_gradient":
+                hess = _squared_gradient(q, grad)
+            case "gauss_newton":
+                hess = _gauss_newton(q, loss_fn, theta, args)
+        return loss, aux, Estimate(grad, hess)
+
+    def over_samples(q, key, args):
+        if mc_samples == 1:
+            return draw(q, key, args)
+        keys = jax.random.split(key, mc_samples)
+        return mean_over_samples(lambda k: draw(q, k, args), keys)
+
+    def over_microbatches(q, key, args):
+        if microbatches == 1:
+            return over_samples(q, key, args)
+        slices, join = _cut("microbatches", microbatches, args)
+        keys = jax.random.split(key, microbatches)
+        return scan_mean(lambda x: over_samples(q, x[0], join(x[1])), (keys, slices))
+
+    def estimate(key, params, opt_state, *args):
+        q = posterior(params, opt_state)
+        if axis_name is None:
+            loss, aux, result = over_microbatches(q, key, args)
+        else:
+            index = _checks.axis_index(axis_name)
+            key = jax.random.fold_in(key, index)
+            outputs = over_microbatches(_per_device(q, index), key, args)
+            loss, aux, result = _mean_over_devices(outputs, axis_name)
+        return ((loss, aux) if has_aux else loss), result
+
+    return estimate
+
+
+def _with_aux(loss_fn, has_aux):
+    """`loss_fn` returning a checked (loss, aux), aux None where it has none."""
+
+    def checked(theta, *args):
+        value = loss_fn(theta, *args)
+        _checks.scalar_loss(value, has_aux)
+        return value if has_aux else (value, None)
+
+    return checked
+
+
+def _transformed(grad_transform, grad, theta):
+    _checks.stateless("grad_transform", grad_transform, theta)
+    return grad_transform.update(grad, grad_transform.init(theta), theta)[0]
+
+
+def _reparameterization(q, grad, theta, noise):
+    """Eq. 3; None for point masses, as in the other estimators."""
+
+    def estimate(mean, precision, grad, theta, noise):
+        if theta.dtype == precision.dtype:
+            noise = (
+                theta - mean
+            )  # theta is kept for the backward pass, noise need not be
+        return _rules.hess_estimate(grad.astype(precision.dtype), noise, precision)
+
+    return map_arrays(estimate, q, grad, theta, noise)
+
+
+def _squared_gradient(q, grad):
+    def square(_, precision, grad):
+        return _rules.squared_gradient(grad.astype(precision.dtype))
+
+    return map_arrays(square, q, grad)
+
+
+def _gauss_newton(q, loss_fn, theta, args):
+    """Eq. 2: every example is a micro-batch of one."""
+    examples, join = _cut("gauss_newton", _checks.batch_size(args), args)
+
+    def of_example(example):
+        grad, _ = jax.grad(loss_fn, has_aux=True)(theta, *join(example))
+        return _squared_gradient(q, grad)
+
+    return vmap_mean(of_example, examples)
+
+
+def _cut(name, count, args):
+    """Slices ``j::count`` of the arrays in `args`, stacked, and the way back to args.
+
+    Strided slices, because those of an array sharded along its first axis are sharded
+    alike; contiguous ones would each lie on a few of the devices.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    arrays = {i: x for i, x in enumerate(leaves) if getattr(x, "ndim", 0) > 0}
+    _checks.divisible(name, count, arrays.values())
+
+    def strided(x):
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def join(one_slice):
+        return structure.unflatten([one_slice.get(i, x) for i, x in enumerate(leaves)])
+
+    return {i: strided(x) for i, x in arrays.items()}, join
+
+
+def _per_device(q, index):
+    """`q` with means typed as differing between devices, as theta does by its noise.
+
+    `jax.shard_map` sums gradients over the devices where the parameter is the same on
+    all.
+    """
+
+    def vary(mean, precision):
+        return mean + jnp.zeros_like(index, mean.dtype) if precision is None else mean
+
+    return q._replace(mean=jax.tree.map(vary, q.mean, q.precision))
+
+
+def _mean_over_devices(tree, axis_name):
+    """The mean of floating-point leaves; others stay each device's own."""
+
+    def mean(x):
+        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+        return jax.lax.pmean(x, axis_name) if inexact else x
+
+    return jax.tree.map(mean, tree)

@@ -1,0 +1,391 @@
+"""One estimator: unbiased, averaged in the right order, in the memory of one sample."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from statistical import assert_mean
+
+import ivon_jax
+
+# A quadratic in two leaves, with a full and known Hessian.
+_ROOT = np.random.default_rng(0).normal(size=(5, 5)) / 2
+HESSIAN = jnp.asarray(_ROOT @ _ROOT.T + np.eye(5), jnp.float32)
+PARAMS = {"a": jnp.array([0.1, -0.2, 0.3]), "b": jnp.array([[0.2], [0.1]])}
+DIAGONAL = {"a": jnp.diag(HESSIAN)[:3], "b": jnp.diag(HESSIAN)[3:, None]}
+BATCH = jax.random.normal(jax.random.key(99), (12, 5))
+TX = ivon_jax.ivon(0.1, ess=20, hess_init=2.0)
+STATE = TX.init(PARAMS)
+REPEATS = 2000
+
+
+def flat(theta):
+    return jnp.concatenate([theta["a"], theta["b"].ravel()])
+
+
+def loss_fn(theta, batch):
+    """The mean over the batch of (theta - x)' H (theta - x) / 2."""
+    residual = flat(theta)[None] - batch
+    return 0.5 * jnp.mean(jnp.sum((residual @ HESSIAN) * residual, axis=1))
+
+
+def estimates(key, count=REPEATS, **options):
+    """Independent estimates, stacked."""
+    grad_fn = ivon_jax.value_and_grad(loss_fn, **options)
+    draw = jax.jit(jax.vmap(lambda k: grad_fn(k, PARAMS, STATE, BATCH)))
+    return draw(jax.random.split(key, count))
+
+
+OPTIONS = {
+    "one_sample": {},
+    "scan": {"mc_samples": 3},
+    "vmap": {"mc_samples": 3, "vectorize": True},
+    "microbatches": {"microbatches": 4},
+    "both": {"mc_samples": 2, "microbatches": 3},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradient_and_hessian_are_unbiased(options, key):
+    """On a quadratic the smoothed loss has the gradient at m and the Hessian itself."""
+    _, estimate = estimates(key, **options)
+    gradient = jax.grad(loss_fn)(PARAMS, BATCH)
+    for name in PARAMS:
+        assert_mean(estimate.grad[name], gradient[name])
+        assert_mean(estimate.hess[name], DIAGONAL[name])
+
+
+def test_value_is_the_loss_under_the_posterior(key):
+    """E[loss] = loss(m) + tr(H diag(sigma^2)) / 2."""
+    loss, _ = estimates(key, mc_samples=2)
+    variance = flat(ivon_jax.posterior(PARAMS, STATE).variance)
+    assert_mean(loss, loss_fn(PARAMS, BATCH) + 0.5 * jnp.sum(flat(DIAGONAL) * variance))
+
+
+@pytest.mark.parametrize("count", [4, 12])
+@pytest.mark.parametrize("option", ["mc_samples", "microbatches"])
+def test_variance_of_the_hessian_falls_as_one_over_samples(option, count, key):
+    """Fresh noise each: were it shared, the variance would stay. z = 5 on its log.
+
+    With every row of the batch alike a micro-batch differs by its noise alone.
+    """
+    batch = jnp.broadcast_to(BATCH[:1], BATCH.shape)
+
+    def variances(repeats_key, **options):
+        grad_fn = ivon_jax.value_and_grad(loss_fn, **options)
+        draw = jax.jit(jax.vmap(lambda k: grad_fn(k, PARAMS, STATE, batch)[1].hess))
+        draws = jax.vmap(flat)(draw(jax.random.split(repeats_key, REPEATS)))
+        hess = np.asarray(draws, np.float64)
+        centred = (hess - hess.mean(axis=0)) ** 2
+        variance = centred.mean(axis=0)
+        return variance, centred.std(axis=0) / np.sqrt(REPEATS) / variance
+
+    one, error_one = variances(key)
+    many, error_many = variances(jax.random.fold_in(key, 1), **{option: count})
+    tolerance = 5 * np.sqrt(error_one**2 + error_many**2)
+    np.testing.assert_array_less(np.abs(np.log(one / many / count)), tolerance)
+
+
+def test_the_product_comes_before_the_mean(key):
+    """Mean gradient times mean noise is an eighth of the Hessian."""
+    _, estimate = estimates(key, mc_samples=8)
+    for name in PARAMS:
+        assert jnp.all(estimate.hess[name].mean(axis=0) > 0.75 * DIAGONAL[name])
+
+
+def test_one_sample_is_sample_and_value_and_grad(key):
+    loss, estimate = ivon_jax.value_and_grad(loss_fn)(key, PARAMS, STATE, BATCH)
+    theta = ivon_jax.sample(key, PARAMS, STATE)
+    expected_loss, grads = jax.value_and_grad(loss_fn)(theta, BATCH)
+    chex.assert_trees_all_close(
+        (loss, estimate.grad), (expected_loss, grads), rtol=1e-6
+    )
+    at_sample = TX.update(grads, STATE, PARAMS, sample=theta)
+    chex.assert_trees_all_close(
+        TX.update(estimate, STATE, PARAMS), at_sample, rtol=1e-5, atol=1e-7
+    )
+
+
+def test_scan_and_vmap_agree(key):
+    results = [
+        ivon_jax.value_and_grad(loss_fn, mc_samples=5, vectorize=vectorize)(
+            key, PARAMS, STATE, BATCH
+        )
+        for vectorize in (False, True)
+    ]
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 4, 6, 12])
+def test_microbatches_without_noise_equal_the_big_batch(microbatches):
+    """At an enormous ess theta is m, and the mean of means is the mean."""
+    opt_state = ivon_jax.ivon(0.1, ess=1e30).init(PARAMS)
+    grad_fn = ivon_jax.value_and_grad(loss_fn, microbatches=microbatches)
+    loss, estimate = grad_fn(jax.random.key(0), PARAMS, opt_state, BATCH)
+    expected = jax.value_and_grad(loss_fn)(PARAMS, BATCH)
+    chex.assert_trees_all_close((loss, estimate.grad), expected, rtol=1e-5)
+
+
+def test_every_slice_is_seen_once_with_noise_of_its_own(key):
+    """aux of a slice cannot be averaged away: rows are summed with distinct weights."""
+
+    def loss_with_rows(theta, rows):
+        return loss_fn(theta, BATCH), {"rows": rows, "noise": theta["a"]}
+
+    rows = jnp.arange(12.0)
+    grad_fn = ivon_jax.value_and_grad(loss_with_rows, has_aux=True, microbatches=3)
+    (_, aux), _ = grad_fn(key, PARAMS, STATE, rows)
+    np.testing.assert_allclose(aux["rows"], rows.reshape(4, 3).mean(axis=1), rtol=1e-6)
+    q = ivon_jax.posterior(PARAMS, STATE)
+    thetas = [q.sample(k)["a"] for k in jax.random.split(key, 3)]
+    np.testing.assert_allclose(aux["noise"], sum(thetas) / 3, rtol=1e-5)
+
+
+def test_aux_keeps_dtypes_averages_floats_and_keeps_the_last_of_others(key):
+    def loss_with_aux(theta, x):
+        aux = {
+            "float": x.mean(),
+            "bfloat16": x.mean().astype(jnp.bfloat16),
+            "int": x.sum().astype(int),
+        }
+        return jnp.sum(theta["a"]), aux
+
+    x = jnp.array([0.0, 1.0, 2.0, 3.0])
+    for options in ({"mc_samples": 2}, {"mc_samples": 2, "vectorize": True}):
+        grad_fn = ivon_jax.value_and_grad(
+            loss_with_aux, has_aux=True, microbatches=2, **options
+        )
+        (_, aux), _ = grad_fn(key, PARAMS, STATE, x)
+        assert aux["float"] == 1.5
+        assert aux["bfloat16"] == jnp.asarray(1.5, jnp.bfloat16)
+        assert aux["bfloat16"].dtype == jnp.bfloat16
+        assert aux["int"] == 1 + 3
+
+
+@pytest.mark.parametrize("option", ["mc_samples", "microbatches"])
+def test_memory_does_not_grow_with(option):
+    """Temporaries of the compiled program; the keys alone may grow."""
+    params = jnp.ones(10_000)
+    tx = ivon_jax.ivon(0.1, ess=20)
+    batch = jnp.ones((64, 10_000))
+
+    def temporaries(count):
+        grad_fn = ivon_jax.value_and_grad(
+            lambda theta, x: jnp.mean(jnp.sin(x @ theta)), **{option: count}
+        )
+        args = jax.random.key(0), params, tx.init(params), batch
+        return jax.jit(grad_fn).lower(*args).compile().memory_analysis()
+
+    few, many = (temporaries(count).temp_size_in_bytes for count in (2, 64))
+    assert many - few < params.nbytes
+
+
+def test_the_clip_acts_before_the_product(key):
+    """ĝ is cut to norm 1e-3, so ĥ is cut by the same factor, sample by sample."""
+    clip = optax.clip_by_global_norm(1e-3)
+    grad_fn = ivon_jax.value_and_grad(loss_fn, grad_transform=clip)
+    _, free = ivon_jax.value_and_grad(loss_fn)(key, PARAMS, STATE, BATCH)
+    _, cut = grad_fn(key, PARAMS, STATE, BATCH)
+    factor = 1e-3 / jnp.linalg.norm(flat(free.grad))
+    expected = jax.tree.map(lambda x: factor * x, free)
+    chex.assert_trees_all_close(cut, expected, rtol=1e-4)
+
+
+def test_the_clip_acts_on_each_sampled_gradient(key):
+    """Then the mean of clipped gradients is shorter than the clip radius."""
+    clip = optax.clip_by_global_norm(1e-3)
+    options = {"mc_samples": 3, "microbatches": 2, "grad_transform": clip}
+    _, estimate = ivon_jax.value_and_grad(loss_fn, **options)(key, PARAMS, STATE, BATCH)
+    norms = []
+    for batch, keys in zip(
+        (BATCH[0::2], BATCH[1::2]), jax.random.split(key, 2), strict=True
+    ):
+        for sample_key in jax.random.split(keys, 3):
+            theta = ivon_jax.sample(sample_key, PARAMS, STATE)
+            norms.append(clip.update(jax.grad(loss_fn)(theta, batch), None)[0])
+    expected = jax.tree.map(lambda *grads: sum(grads) / 6, *norms)
+    chex.assert_trees_all_close(estimate.grad, expected, rtol=1e-4, atol=1e-9)
+    assert jnp.linalg.norm(flat(estimate.grad)) < 0.99e-3
+
+
+def test_squared_gradient_is_the_square_of_the_minibatch_gradient(key):
+    options = {"hess_estimator": "squared_gradient", "microbatches": 2}
+    _, estimate = ivon_jax.value_and_grad(loss_fn, **options)(key, PARAMS, STATE, BATCH)
+    squares = []
+    for j, sample_key in enumerate(jax.random.split(key, 2)):
+        theta = ivon_jax.sample(sample_key, PARAMS, STATE)
+        grads = jax.grad(loss_fn)(theta, BATCH[j::2])
+        squares.append(jax.tree.map(jnp.square, grads))
+    expected = jax.tree.map(lambda x, y: (x + y) / 2, *squares)
+    chex.assert_trees_all_close(estimate.hess, expected, rtol=1e-5)
+
+
+def test_gauss_newton_is_the_mean_of_squared_gradients_of_single_examples(key):
+    options = {"hess_estimator": "gauss_newton"}
+    _, estimate = ivon_jax.value_and_grad(loss_fn, **options)(key, PARAMS, STATE, BATCH)
+    theta = ivon_jax.sample(key, PARAMS, STATE)
+    grads = [jax.grad(loss_fn)(theta, x[None]) for x in BATCH]
+    expected = jax.tree.map(lambda *gs: sum(g**2 for g in gs) / len(gs), *grads)
+    chex.assert_trees_all_close(estimate.hess, expected, rtol=1e-5)
+
+
+def test_low_precision_parameters_do_not_bias_the_hessian(key):
+    """bfloat16 rounds theta - m by up to half of sigma; h_hat has the noise itself.
+
+    With the rounded perturbation the mean would be 8 % too high.
+    """
+    params = jnp.full(4, 1.0, jnp.bfloat16)
+    spacing = 2.0**-7
+    tx = ivon_jax.ivon(0.1, ess=1.0, hess_init=spacing**-2, weight_decay=0.0)
+    opt_state = tx.init(params)
+
+    def quadratic(theta):
+        return jnp.sum((theta.astype(jnp.float32) - 1.0) ** 2)
+
+    def hess(key):
+        return ivon_jax.value_and_grad(quadratic)(key, params, opt_state)[1].hess
+
+    draws = jax.jit(jax.vmap(hess))(jax.random.split(key, 20_000))
+    assert draws.dtype == jnp.float32
+    assert_mean(draws, 2.0)
+
+
+def test_point_masses_have_a_gradient_and_no_hessian(key):
+    """What Adam trains is not sampled, and its gradient is averaged as the others'."""
+    tx = optax.partition(
+        {"bayes": ivon_jax.ivon(0.1, ess=20), "point": optax.sgd(0.1)},
+        {"a": "bayes", "b": "point"},
+    )
+    opt_state = tx.init(PARAMS)
+    grad_fn = ivon_jax.value_and_grad(loss_fn, mc_samples=2)
+    _, estimate = grad_fn(key, PARAMS, opt_state, BATCH)
+    assert estimate.hess["b"] is None
+    updates, _ = tx.update(estimate.grad, opt_state, PARAMS, hess=estimate.hess)
+    chex.assert_trees_all_close(updates["b"], -0.1 * estimate.grad["b"])
+
+
+def test_scalars_and_other_objects_reach_every_slice(key):
+    """A dropout key, a flag, None: what has no axis is not cut."""
+
+    def loss(theta, batch, scale, dropout_key, options):
+        assert options == {"training": True, "mask": None}
+        jax.random.bits(dropout_key)
+        return scale * loss_fn(theta, batch)
+
+    options = {"training": True, "mask": None}
+    grad_fn = ivon_jax.value_and_grad(loss, microbatches=3)
+    grad_fn(key, PARAMS, STATE, BATCH, 2.0, jax.random.key(0), options)
+
+
+def test_an_axis_of_devices_is_so_many_samples(key):
+    """By vmap here: the mean over the axis of what each folded key gives."""
+    grad_fn = ivon_jax.value_and_grad(loss_fn, axis_name="data")
+    mapped = jax.vmap(
+        lambda batch: grad_fn(key, PARAMS, STATE, batch), axis_name="data"
+    )(BATCH.reshape(4, 3, 5))
+    alone = ivon_jax.value_and_grad(loss_fn)
+    parts = [
+        alone(jax.random.fold_in(key, i), PARAMS, STATE, BATCH[3 * i : 3 * i + 3])
+        for i in range(4)
+    ]
+    expected = jax.tree.map(lambda *xs: sum(xs) / 4, *parts)
+    for i in range(4):
+        replica = jax.tree.map(lambda x, i=i: x[i], mapped)
+        chex.assert_trees_all_close(replica, expected, rtol=1e-4, atol=1e-5)
+
+
+BAD_OPTIONS = [
+    ({"mc_samples": 0}, ValueError, "`mc_samples` must be at least 1, got 0."),
+    ({"mc_samples": 2.0}, TypeError, "`mc_samples` must be an integer, got 2.0."),
+    ({"microbatches": -1}, ValueError, "`microbatches` must be at least 1, got -1."),
+    ({"vectorize": 1}, TypeError, "`vectorize` must be True or False, got 1."),
+    ({"has_aux": "no"}, TypeError, "`has_aux` must be True or False, got 'no'."),
+    (
+        {"hess_estimator": "hutchinsn"},
+        ValueError,
+        '`hess_estimator` must be "reparameterization" or "squared_gradient" or '
+        "\"gauss_newton\", got 'hutchinsn'.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS)
+def test_a_bad_option_is_named(options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        ivon_jax.value_and_grad(loss_fn, **options)
+
+
+def per_example(theta, batch):
+    return jnp.sum((flat(theta)[None] - batch) ** 2, axis=1)
+
+
+def pair(theta, batch):
+    return loss_fn(theta, batch), batch
+
+
+BAD_CALLS = {
+    "vector_loss": (per_example, {}, ValueError, "scalar, the mean loss per example"),
+    "pair": (pair, {}, TypeError, "got tuple. Pass `has_aux=True`"),
+    "no_pair": (loss_fn, {"has_aux": True}, TypeError, "must return (loss, aux) with"),
+    "indivisible": (
+        loss_fn,
+        {"microbatches": 5},
+        ValueError,
+        "`microbatches` must divide the first axis of every array in `args`, got 5 for "
+        "an array of shape (12, 5).",
+    ),
+    "stateful": (
+        loss_fn,
+        {"grad_transform": optax.trace(0.9)},
+        ValueError,
+        "`grad_transform` must be stateless",
+    ),
+    "no_transform": (
+        loss_fn,
+        {"grad_transform": 1.0},
+        TypeError,
+        "`grad_transform` must be an optax transformation",
+    ),
+    "unbound": (
+        loss_fn,
+        {"axis_name": "data"},
+        ValueError,
+        "`axis_name` must be bound by a map around the call, got 'data'.",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS
+)
+def test_a_bad_call_says_what_to_do(loss, options, error, message):
+    grad_fn = ivon_jax.value_and_grad(loss, **options)
+    with pytest.raises(error, match=re.escape(message)):
+        grad_fn(jax.random.key(0), PARAMS, STATE, BATCH)
+
+
+def test_microbatches_without_a_batch_say_so(key):
+    grad_fn = ivon_jax.value_and_grad(
+        lambda theta: loss_fn(theta, BATCH), microbatches=2
+    )
+    message = "`microbatches` needs a batch to cut into 2, got no array"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        grad_fn(key, PARAMS, STATE)
+
+
+def test_gauss_newton_needs_one_batch_size(key):
+    grad_fn = ivon_jax.value_and_grad(
+        lambda theta, x, _: loss_fn(theta, x), hess_estimator="gauss_newton"
+    )
+    with pytest.raises(ValueError, match=r"got lengths \[3, 12\]"):
+        grad_fn(key, PARAMS, STATE, BATCH, jnp.ones(3))
+
+
+def test_no_ivon_in_the_state_is_an_error(key):
+    grad_fn = ivon_jax.value_and_grad(loss_fn)
+    with pytest.raises(ValueError, match="`opt_state` must contain the state of"):
+        grad_fn(key, PARAMS, optax.sgd(0.1).init(PARAMS), BATCH)
