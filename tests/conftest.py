@@ -20,6 +20,13 @@ def standard_promotion():
 
 
 @pytest.fixture
+def implicit_ranks():
+    """For Flax's layers, which broadcast implicitly."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
 def x64():
     """Run one test in double precision."""
     jax.config.update("jax_enable_x64", True)

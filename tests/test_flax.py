@@ -1,0 +1,233 @@
+"""Flax linen and NNX: the same step as plain optax, and nothing else touched."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn, nnx
+from flax.training import train_state
+
+import ivon_jax
+import ivon_jax.flax
+
+X = jax.random.normal(jax.random.key(7), (8, 4))
+TX = ivon_jax.ivon(0.1, ess=50)
+pytestmark = pytest.mark.usefixtures("standard_promotion", "implicit_ranks")
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.tanh(nn.Dense(3)(x)))
+
+
+class NNX(nnx.Module):
+    """Dropout and batch statistics beside the parameters, one layer used twice."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(4, 4, rngs=rngs)
+        self.tied = self.first
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(4, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(self.norm(self.tied(self.first(x)))))
+
+
+def linen_loss(params, x):
+    return jnp.mean(Linen().apply({"params": params}, x) ** 2)
+
+
+def linen_state(tx, cls=ivon_jax.flax.TrainState):
+    params = Linen().init(jax.random.key(0), X)["params"]
+    return cls.create(apply_fn=Linen().apply, params=params, tx=tx)
+
+
+def nnx_loss(model, x):
+    return jnp.mean(model(x) ** 2)
+
+
+def nnx_model(tx=TX, wrt=nnx.Param):
+    model = NNX(nnx.Rngs(0))
+    return model, nnx.Optimizer(model, tx, wrt=wrt)
+
+
+def plain_step(tx, params, opt_state, theta, grads):
+    updates, opt_state = tx.update(grads, opt_state, params, sample=theta)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def test_linen_step_is_optaxs(key):
+    state = linen_state(TX)
+    theta = state.sample(key)
+    grads = jax.grad(linen_loss)(theta, X)
+    new_state = jax.jit(lambda s: s.apply_gradients(grads=grads, sample=theta))(state)
+    expected = plain_step(TX, state.params, state.opt_state, theta, grads)
+    chex.assert_trees_all_close(
+        (new_state.params, new_state.opt_state), expected, rtol=1e-6
+    )
+    assert new_state.step == 1
+    chex.assert_trees_all_equal(
+        theta, ivon_jax.sample(key, state.params, state.opt_state)
+    )
+
+
+def test_linen_posterior_is_the_states(key):
+    state = linen_state(TX)
+    chex.assert_trees_all_equal(state.posterior().sample(key), state.sample(key))
+
+
+def estimate_step(state, key):
+    grad_fn = ivon_jax.value_and_grad(linen_loss, mc_samples=2)
+    _, estimate = grad_fn(key, state.params, state.opt_state, X)
+    return state.apply_gradients(grads=estimate)
+
+
+def test_flaxs_own_train_state_takes_an_estimate(key):
+    """A trainer that passes on gradients alone needs no change."""
+    ours = estimate_step(linen_state(TX), key)
+    unmodified = estimate_step(linen_state(TX, cls=train_state.TrainState), key)
+    chex.assert_trees_all_equal(ours.params, unmodified.params)
+    chex.assert_trees_all_equal(ours.opt_state, unmodified.opt_state)
+
+
+def test_our_train_state_takes_an_estimate_within_any_wrapper(key):
+    tx = optax.chain(
+        optax.identity(), optax.masked(TX, {"Dense_0": True, "Dense_1": False})
+    )
+    state = linen_state(tx)
+    new_state = estimate_step(state, key)
+    moved = jax.tree.map(lambda x, y: jnp.any(x != y), state.params, new_state.params)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_our_train_state_trains_the_baseline_too():
+    """Without IVON it is Flax's."""
+    grads = jax.tree.map(jnp.ones_like, linen_state(optax.adam(0.1)).params)
+    results = [
+        linen_state(optax.adam(0.1), cls).apply_gradients(grads=grads).params
+        for cls in (ivon_jax.flax.TrainState, train_state.TrainState)
+    ]
+    chex.assert_trees_all_equal(*results)
+
+
+def test_other_fields_are_replaced_as_in_flax(key):
+    state = linen_state(TX)
+    theta = state.sample(key)
+    new_state = state.apply_gradients(grads=theta, sample=theta, apply_fn=len)
+    assert new_state.apply_fn is len
+
+
+def test_linen_without_a_sample_says_what_to_pass():
+    state = linen_state(TX)
+    with pytest.raises(ValueError, match=r"got none\. Pass `sample=theta`"):
+        state.apply_gradients(grads=state.params)
+
+
+def test_nnx_step_is_optaxs(key):
+    model, optimizer = nnx_model()
+    sampled = ivon_jax.flax.sample(key, model, optimizer)
+    grads = nnx.grad(nnx_loss)(sampled, X)
+    before, theta, grad = (
+        nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (model, sampled, grads)
+    )
+    expected, _ = plain_step(TX, before, TX.init(before), theta, grad)
+    optimizer.update(model, grads, sample=nnx.state(sampled, nnx.Param))
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    chex.assert_trees_all_close(after, expected, rtol=1e-6)
+
+
+def test_nnx_step_works_in_jit_without_a_second_trace(key):
+    model, optimizer = nnx_model()
+    traces = []
+
+    @nnx.jit
+    def train_step(model, optimizer, x, key):
+        traces.append(1)
+        sampled = ivon_jax.flax.sample(key, model, optimizer)
+        loss, grads = nnx.value_and_grad(nnx_loss)(sampled, x)
+        optimizer.update(model, grads, sample=nnx.state(sampled, nnx.Param))
+        return loss
+
+    losses = [train_step(model, optimizer, X, k) for k in jax.random.split(key, 20)]
+    assert len(traces) == 1
+    assert optimizer.step[...] == 20
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert model.dropout.rngs.count[...] == 20
+
+
+def test_nnx_draws_only_what_the_optimizer_trains(key):
+    """Everything else is shared, and tied layers stay tied."""
+    head = nnx.All(nnx.Param, nnx.PathContains("last"))
+    model, optimizer = nnx_model(wrt=head)
+    sampled = ivon_jax.flax.sample(key, model, optimizer)
+    assert jnp.all(sampled.last.kernel[...] != model.last.kernel[...])
+    np.testing.assert_array_equal(sampled.first.kernel[...], model.first.kernel[...])
+    assert sampled.tied is sampled.first
+    sampled(X)
+    np.testing.assert_array_equal(sampled.norm.mean[...], model.norm.mean[...])
+    assert model.dropout.rngs.count[...] == 1
+
+
+def test_nnx_sampling_leaves_the_mean_alone(key):
+    model, optimizer = nnx_model()
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    ivon_jax.flax.sample(key, model, optimizer)
+    chex.assert_trees_all_equal(before, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda: optax.chain(optax.clip_by_global_norm(1.0), TX),
+        lambda: optax.inject_hyperparams(ivon_jax.ivon)(0.1, ess=50),
+        lambda: optax.MultiSteps(TX, 2),
+    ],
+    ids=["chain", "inject_hyperparams", "multi_steps"],
+)
+def test_nnx_finds_ivon_within_a_wrapper(wrap, key):
+    model, optimizer = nnx_model(wrap())
+    sampled = ivon_jax.flax.sample(key, model, optimizer)
+    grads = nnx.grad(nnx_loss)(sampled, X)
+    optimizer.update(model, grads, sample=nnx.state(sampled, nnx.Param))
+
+
+def test_nnx_posterior_samples_merge_into_the_model(key):
+    model, optimizer = nnx_model()
+    q = ivon_jax.flax.posterior(model, optimizer)
+    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+    merged = nnx.merge(graphdef, q.sample(key), rest)
+    sampled = ivon_jax.flax.sample(key, model, optimizer)
+    np.testing.assert_array_equal(merged.last.kernel[...], sampled.last.kernel[...])
+
+
+def test_nnx_modules_work_in_the_functional_style(key):
+    """Split, train the state with plain optax and several samples, merge."""
+    graphdef, params, rest = nnx.split(NNX(nnx.Rngs(0)), nnx.Param, ...)
+
+    def loss_fn(theta, x):
+        return nnx_loss(nnx.merge(graphdef, theta, rest, copy=True), x)
+
+    grad_fn = ivon_jax.value_and_grad(loss_fn, mc_samples=2, microbatches=2)
+    opt_state = TX.init(params)
+    _, estimate = jax.jit(grad_fn)(key, params, opt_state, X)
+    updates, _ = TX.update(estimate, opt_state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda m, o: ivon_jax.flax.sample(jax.random.key(0), m, o),
+        ivon_jax.flax.posterior,
+    ],
+)
+def test_nnx_without_ivon_says_what_to_pass(read):
+    message = "`opt_state` must contain the state of `ivon_jax.ivon`"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(*nnx_model(optax.adam(0.1)))
