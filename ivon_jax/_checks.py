@@ -197,17 +197,17 @@ def probabilities(name, probs):
             f"`{name}` must have shape (..., num_classes) and at least one example, "
             f"got shape {probs.shape}."
         )
-    if isinstance(probs, jax.core.Tracer):
+    values = _values(probs)
+    if values is None:
         return
-    if jnp.min(probs) < 0:
-        raise ValueError(f"`{name}` must be non-negative, got {jnp.min(probs)}.")
-    total = jnp.sum(probs, axis=-1, dtype=np.promote_types(probs.dtype, jnp.float32))
-    error = jnp.abs(total - 1).ravel()
-    worst = jnp.argmax(error)
-    if not error[worst] <= max(1e-2, 4 * float(jnp.finfo(probs.dtype).eps)):
+    if values.min() < 0:
+        raise ValueError(f"`{name}` must be non-negative, got {values.min()}.")
+    total = values.sum(axis=-1).ravel()
+    worst = total[np.argmax(np.abs(total - 1))]
+    if not abs(worst - 1) <= max(1e-2, 4 * float(jnp.finfo(probs.dtype).eps)):
         raise ValueError(
-            f"`{name}` must sum to one over its last axis, got a sum of "
-            f"{total.ravel()[worst]}. Apply `jax.nn.softmax` to logits."
+            f"`{name}` must sum to one over its last axis, got a sum of {worst}. Apply "
+            "`jax.nn.softmax` to logits."
         )
 
 
@@ -220,13 +220,21 @@ def labels(name, labels, probs):
             f"`{name}` must have shape {probs.shape[:-1]}, one label for each row of "
             f"`probs`, got {labels.shape}."
         )
-    if isinstance(labels, jax.core.Tracer):
-        return
-    low, high, num_classes = jnp.min(labels), jnp.max(labels), probs.shape[-1]
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"`{name}` must be in 0..{num_classes - 1}, got {low if low < 0 else high}."
-        )
+    values, num_classes = _values(labels), probs.shape[-1]
+    if values is not None and not 0 <= values.min() <= values.max() < num_classes:
+        bad = values.min() if values.min() < 0 else values.max()
+        raise ValueError(f"`{name}` must be in 0..{num_classes - 1}, got {bad}.")
+
+
+def _values(array):
+    """The values of a concrete array on this host as NumPy's, else None.
+
+    NumPy's, because within ``jit`` even the minimum of a constant is a tracer.
+    """
+    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
+        return None
+    floating = jnp.issubdtype(array.dtype, jnp.floating)
+    return np.asarray(array, np.float64 if floating else array.dtype)
 
 
 def choice(name, value, allowed):

@@ -106,9 +106,11 @@ def test_leading_axes_are_all_examples(metric):
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
 def test_metrics_work_under_jit(metric):
     probs, labels = predictions(0)
-    np.testing.assert_allclose(
-        jax.jit(metric)(probs, labels), metric(probs, labels), rtol=1e-6
-    )
+    expected = metric(probs, labels)
+    np.testing.assert_allclose(jax.jit(metric)(probs, labels), expected, rtol=1e-6)
+    closed_over = jnp.asarray(labels)
+    result = jax.jit(lambda probs: metric(probs, closed_over))(probs)
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
