@@ -1,0 +1,245 @@
+"""One-dimensional regression with a gap in the data: IVON beside AdamW.
+
+    python examples/regression_1d.py      # 20 s on two free CPU cores
+
+A network learns from 100 noisy points in two clusters. AdamW ends with one prediction,
+whose only uncertainty is the noise of the targets, constant by construction; IVON ends
+with a Gaussian over the weights, whose draws disagree where there are no data: the
+paper's Fig. 3(c). Expected, on new points in the clusters, with the mean predictive
+standard deviation (sd) in each region:
+
+|       | RMSE        | NLL          | sd, data    | sd, gap     | sd, outside |
+| ----- | ----------- | ------------ | ----------- | ----------- | ----------- |
+| AdamW | 0.106±0.002 | -0.825±0.019 | 0.100±0.000 | 0.100±0.000 | 0.100±0.000 |
+| IVON  | 0.107±0.002 | -0.792±0.018 | 0.126±0.003 | 0.150±0.002 | 0.331±0.017 |
+
+Less the noise, the draws' sd is 0.08 on the data, 0.11 in the gap and 0.32 outside: the
+gap's share is modest, and on the data the spread costs some NLL. A Gaussian without
+correlations is known to be too sure in between (Foong et al., 2019). It is not haste:
+60,000 steps with b2 0.9998 and learning rate 0.02 give 0.125, 0.152 and 0.419. Where
+the fit needs no bend in the gap (target ``x * sin(2 * x) / 1.5``), the gap's sd, 0.11,
+is even below the data's, 0.13.
+
+Learning rates, AdamW's weight decay and IVON's prior are from nine settings each, by
+NLL on other seeds; IVON's prior stayed a standard normal, 0.006 from the best.
+
+Toy size: `--steps 20 --seeds 1`
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.scipy.stats import norm
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import ivon_jax
+
+REGIONS = {"data": (0.6, 1.6), "gap": (0.0, 0.6), "outside": (1.6, 2.6)}  # of |x|
+CHUNK = 1000  # steps of one compiled scan, between two moves of the progress bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every knob of this run; each field is also a command-line flag."""
+
+    num_data: int = 100  # training examples, half of them on each side of the gap
+    noise: float = 0.1  # standard deviation of the targets' noise, known to both
+    hidden: int = 32  # units in each of the two hidden layers
+    steps: int = 20_000  # full-batch steps
+    adamw_learning_rate: float = 0.01
+    adamw_weight_decay: float = 1.0
+    ivon_learning_rate: float = 0.05  # a share of the Newton step; 0.1 can diverge
+    prior_precision: float = 1.0  # a standard normal prior over every parameter
+    b2: float = 0.9995  # h forgets in 2,000 steps: 0.9999 is too slow, 0.999 diverges
+    num_samples: int = 256  # draws of theta
+    seeds: int = 3  # runs, each with data, initial weights and draws of its own
+    seed: int = 0
+    plot: str = "regression_1d.png"  # the picture of the first run
+
+
+def parse_args() -> Config:
+    """Read a `Config` from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for field in dataclasses.fields(Config):
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+    return Config(**vars(parser.parse_args()))
+
+
+def target(x):
+    """The function to learn."""
+    return 0.7 * jnp.sin(2.5 * x)
+
+
+@functools.partial(jax.jit, static_argnames="num_data")
+def make_data(key, num_data, noise):
+    """Inputs in two clusters and their noisy targets, (num_data,) each."""
+    input_key, noise_key = jax.random.split(key)
+    low, high = REGIONS["data"]
+    x = jax.random.uniform(input_key, (num_data,), minval=low, maxval=high)
+    x = x.at[::2].multiply(-1)
+    return x, target(x) + noise * jax.random.normal(noise_key, x.shape)
+
+
+def make_model(key, hidden):
+    """A ReLU network with two hidden layers."""
+    rngs = nnx.Rngs(key)
+    first = nnx.Linear(1, hidden, rngs=rngs)
+    second = nnx.Linear(hidden, hidden, rngs=rngs)
+    last = nnx.Linear(hidden, 1, rngs=rngs)
+    return nnx.Sequential(first, nnx.relu, second, nnx.relu, last)
+
+
+def make_methods(cfg):
+    """Each method's optimizer, and ``draw(key, params, opt_state)`` of its weights."""
+    ivon = ivon_jax.ivon(
+        optax.cosine_decay_schedule(cfg.ivon_learning_rate, cfg.steps),
+        ess=cfg.num_data,
+        hess_init=1 / cfg.noise**2,  # the loss's curvature in the output's bias
+        b2=cfg.b2,
+        weight_decay=cfg.prior_precision / cfg.num_data,
+        rescale_lr=False,
+    )
+    schedule = optax.cosine_decay_schedule(cfg.adamw_learning_rate, cfg.steps)
+    adamw = optax.adamw(schedule, weight_decay=cfg.adamw_weight_decay)
+    # AdamW has no posterior: each of its draws is the same, and `sample=` is ignored.
+    point_mass = (
+        optax.with_extra_args_support(adamw),
+        lambda _key, params, _state: params,
+    )
+    return {"AdamW": point_mass, "IVON": (ivon, ivon_jax.sample)}
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "tx", "draw"))
+def take_steps(loss_fn, tx, draw, carry, data, keys):
+    """Take one step for each key."""
+
+    def step(carry, key):
+        params, opt_state = carry
+        theta = draw(key, params, opt_state)
+        grads = jax.grad(loss_fn)(theta, data)
+        updates, opt_state = tx.update(grads, opt_state, params, sample=theta)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    return jax.lax.scan(step, carry, keys)[0]
+
+
+def train(name, loss_fn, tx, draw, params, data, keys):
+    """Return the parameters and the optimizer's state after a step for each key."""
+    carry = params, tx.init(params)
+    with tqdm(total=len(keys), desc=name, unit="step") as bar:
+        for start in range(0, len(keys), CHUNK):
+            chunk = keys[start : start + CHUNK]
+            carry = take_steps(loss_fn, tx, draw, carry, data, chunk)
+            jax.block_until_ready(carry)
+            bar.update(len(chunk))
+    return carry
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "draw"))
+def draw_functions(apply, draw, carry, keys, x):
+    """Draws of f(x), one for each key on the first axis."""
+    return jax.vmap(lambda key: apply(draw(key, *carry), x))(keys)
+
+
+def stddev_of_y(f, noise):
+    """Predictive standard deviation: the spread of the draws and the noise."""
+    return jnp.sqrt(f.var(axis=0) + noise**2)
+
+
+@jax.jit
+def evaluate(f_test, y_test, f_grid, grid, noise):
+    """RMSE, NLL and the mean predictive standard deviation in each region."""
+    rmse = jnp.sqrt(jnp.mean((f_test.mean(axis=0) - y_test) ** 2))
+    # The predictive density is the mean over draws of densities, not of their logs.
+    log_density = jax.nn.logsumexp(norm.logpdf(y_test, f_test, noise), axis=0)
+    nll = math.log(len(f_test)) - jnp.mean(log_density)
+    stddev, distance = stddev_of_y(f_grid, noise), jnp.abs(grid)
+    regions = [(low <= distance) & (distance < high) for low, high in REGIONS.values()]
+    return jnp.stack([rmse, nll, *(jnp.mean(stddev, where=r) for r in regions)])
+
+
+def print_table(scores):
+    """Print a row for each method: mean ± standard error over runs."""
+    titles = ["RMSE", "NLL", *(f"sd, {region}" for region in REGIONS)]
+    print(f"|       | {' | '.join(titles)} |")
+    print("| --- " * (1 + len(titles)) + "|")
+    for name, runs in scores.items():
+        values = jnp.stack(runs)
+        errors = values.std(axis=0, ddof=1) / math.sqrt(len(runs))
+        pairs = zip(values.mean(axis=0), errors, strict=True)
+        cells = [f"{mean:.3f}±{error:.3f}" for mean, error in pairs]
+        print(f"| {name:<5} | {' | '.join(cells)} |")
+
+
+def save_plot(path, data, grid, draws, noise):
+    """Plot the predictions of one run and, below, their standard deviation."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
+    for (top, bottom), f in zip(axes.T, draws, strict=True):
+        mean, stddev = f.mean(axis=0), stddev_of_y(f, noise)
+        for k, grey in ((2, "0.88"), (1, "0.75")):
+            band = mean - k * stddev, mean + k * stddev
+            top.fill_between(grid, *band, color=grey, lw=0, label=f"± {k} sd")
+        lines = top.plot(grid, f[:8].T, color="#0072b2", lw=0.8)
+        lines[0].set_label("draws of θ")
+        top.plot(grid, mean, color="black", lw=2.2, label="mean prediction")
+        top.plot(grid, target(grid), color="black", ls=":", label="true function")
+        top.plot(*data, "o", color="#d55e00", ms=3.5, label="data")
+        bottom.fill_between(grid, stddev, color="0.75", lw=0)
+        bottom.plot(data[0], jnp.zeros_like(data[0]), "|", color="#d55e00", ms=12)
+        bottom.set(xlabel="x", xlim=(grid[0], grid[-1]), ylim=(0, 0.6))
+    axes[0, 0].set(title="AdamW: as sure off the data as on it", ylabel="y")
+    title = "IVON: less sure in the gap, much less outside"
+    axes[0, 1].set(title=title, ylim=(-2.2, 2.2))
+    axes[1, 0].set(ylabel="sd of y")
+    legend = axes[0, 1].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def main():
+    """Train both on every run's data; print the table and save the picture."""
+    cfg = parse_args()
+    init = jax.jit(lambda key: nnx.split(make_model(key, cfg.hidden), nnx.Param)[1])
+    graphdef = nnx.graphdef(make_model(jax.random.key(0), cfg.hidden))
+
+    def apply(params, x):
+        return nnx.merge(graphdef, params)(x[:, None])[:, 0]
+
+    def loss_fn(params, data):
+        x, y = data
+        # In nats per example, with the noise: `ess` times it is the data set's negative
+        # log-likelihood where `ess` is N, and IVON's target the true posterior.
+        return -jnp.mean(norm.logpdf(y, apply(params, x), cfg.noise))
+
+    methods = make_methods(cfg)
+    grid = jnp.linspace(-2.6, 2.6, 521)
+    scores = {name: [] for name in methods}
+    run_keys = jax.random.split(jax.random.key(cfg.seed), cfg.seeds)
+    for run, run_key in enumerate(run_keys):
+        data_key, test_key, init_key, train_key, draw_key = jax.random.split(run_key, 5)
+        data = make_data(data_key, cfg.num_data, cfg.noise)
+        x_test, y_test = make_data(test_key, 1000, cfg.noise)
+        step_keys = jax.random.split(train_key, cfg.steps)  # one theta for each step
+        draw_keys = jax.random.split(draw_key, cfg.num_samples)
+        draws = []
+        for name, (tx, draw) in methods.items():
+            carry = train(name, loss_fn, tx, draw, init(init_key), data, step_keys)
+            draws.append(draw_functions(apply, draw, carry, draw_keys, grid))
+            f_test = draw_functions(apply, draw, carry, draw_keys, x_test)
+            score = evaluate(f_test, y_test, draws[-1], grid, cfg.noise)
+            scores[name].append(score)
+        if run == 0:
+            save_plot(cfg.plot, data, grid, draws, cfg.noise)
+    print_table(scores)
+
+
+if __name__ == "__main__":
+    main()
