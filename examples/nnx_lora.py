@@ -1,0 +1,328 @@
+"""LoRA with IVON in Flax NNX: a posterior over the adapters, the base frozen.
+
+    python examples/nnx_lora.py           # 40 s on two CPU cores; draws nnx_lora.png
+    python examples/nnx_lora.py --tune    # 6 min: the trials behind the defaults
+
+A network learns upright digits with AdamW. Then low-rank adapters, and nothing else,
+learn digits turned by 90 degrees from 100 examples: once with AdamW, once with IVON,
+each with the best of nine settings by NLL on 200 turned digits kept aside.
+`wrt=nnx.LoRAParam` is all it takes: the optimizer samples, trains and decays the
+adapters; the base comes out bit for bit as it went in, and that is checked.
+Expected on 699 other digits, mean ± standard error over three seeds:
+
+|             | accuracy % | NLL            | ECE           | Brier         |
+| ----------- | ---------- | -------------- | ------------- | ------------- |
+| before LoRA | 10.9 ± 0.2 | 14.567 ± 0.288 | 0.870 ± 0.003 | 1.740 ± 0.005 |
+| AdamW       | 70.3 ± 0.6 | 1.224 ± 0.075  | 0.062 ± 0.006 | 0.434 ± 0.011 |
+| IVON@mean   | 73.9 ± 1.1 | 1.524 ± 0.114  | 0.166 ± 0.005 | 0.416 ± 0.011 |
+| IVON        | 72.5 ± 1.7 | 1.093 ± 0.085  | 0.082 ± 0.005 | 0.390 ± 0.014 |
+
+IVON's best Hessian initialisation, 3, is the largest of its three, and AdamW's ECE is
+the lower: it stopped short of fitting its 100 examples, with a smaller learning rate
+than the most accurate one.
+
+Toy size: `--pretrain_epochs 2 --epochs 2 --seeds 1`
+"""
+
+import argparse
+import collections
+import dataclasses
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+import ivon_jax
+import ivon_jax.flax
+from ivon_jax import metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every knob of this run; each field is also a command-line flag."""
+
+    pretrain_epochs: int = 60
+    epochs: int = 200
+    batch_size: int = 50
+    rank: int = 4
+    adamw_lr: float = 3e-3
+    adamw_weight_decay: float = 0.01
+    ivon_lr: float = 0.1
+    ivon_hess_init: float = 3.0
+    num_samples: int = 64
+    seeds: int = 3
+    plot: str = "nnx_lora.png"
+
+
+class Network(nnx.Module):
+    """Two hidden layers, each linear map with a low-rank adapter beside it."""
+
+    def __init__(self, rank, rngs):
+        sizes = (64, 128, 128, 10)
+        self.layers = nnx.List(
+            nnx.LoRA(m, rank, n, base_module=nnx.Linear(m, n, rngs=rngs), rngs=rngs)
+            for m, n in itertools.pairwise(sizes)
+        )
+
+    def __call__(self, images):
+        """Map images, (N, 64), to logits, (N, 10)."""
+        *hidden, last = self.layers
+        for layer in hidden:
+            images = nnx.relu(layer(images))
+        return last(images)
+
+
+ADAPTERS = nnx.LoRAParam
+BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+
+
+def load_splits():
+    """Upright digits to pretrain on; turned ones to fine-tune, to tune by, to test."""
+    digits = load_digits()
+    upright = jnp.asarray(digits.images / 16, jnp.float32)
+    turned = jnp.rot90(upright, axes=(1, 2))
+    labels = jnp.asarray(digits.target, jnp.int32)
+    upright, turned = (x.reshape(len(labels), -1) for x in (upright, turned))
+    pretrain = upright[:798], labels[:798]
+    edges = ((798, 898), (898, 1098), (1098, 1797))
+    return pretrain, *((turned[i:j], labels[i:j]) for i, j in edges)
+
+
+def loss_fn(model, images, labels):
+    """Mean cross-entropy of a batch."""
+    logits = model(images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@nnx.jit
+def adamw_step(model, optimizer, images, labels):
+    """Take a step with what the optimizer's `wrt` names."""
+    trained = nnx.DiffState(0, optimizer.wrt)
+    loss, grads = nnx.value_and_grad(loss_fn, argnums=trained)(model, images, labels)
+    optimizer.update(model, grads)
+    return loss
+
+
+@nnx.jit
+def ivon_step(model, optimizer, images, labels, key):
+    """The same at a sample of the adapters."""
+    sampled = ivon_jax.flax.sample(key, model, optimizer)
+    trained = nnx.DiffState(0, optimizer.wrt)
+    loss, grads = nnx.value_and_grad(loss_fn, argnums=trained)(sampled, images, labels)
+    optimizer.update(model, grads, sample=nnx.state(sampled, optimizer.wrt))
+    return loss
+
+
+def batches(key, images, labels, batch_size):
+    """Yield the data once, shuffled, in batches of one size."""
+    order = jax.random.permutation(key, len(labels))
+    for start in range(0, len(labels) - batch_size + 1, batch_size):
+        rows = order[start : start + batch_size]
+        yield images[rows], labels[rows]
+
+
+@nnx.jit
+def predict(model, images):
+    """Class probabilities (N, 10) of one network."""
+    return nnx.softmax(model(images))
+
+
+@nnx.jit(static_argnames="num_samples")
+def posterior_predict(model, optimizer, images, key, num_samples):
+    """Class probabilities (N, 10), averaged over adapters drawn from the posterior."""
+    q = ivon_jax.flax.posterior(model, optimizer)
+    graphdef, _, rest = nnx.split(model, optimizer.wrt, ...)
+
+    def probs(theta):
+        return nnx.softmax(nnx.merge(graphdef, theta, rest)(images))
+
+    return ivon_jax.predict(probs, q, key, num_samples)
+
+
+def pretrain(key, data, config, bar):
+    """A network that knows upright digits; its adapters still do nothing."""
+    init_key, order_key = jax.random.split(key)
+    model = Network(config.rank, nnx.Rngs(init_key))
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-3), wrt=BASE)
+    for epoch_key in jax.random.split(order_key, config.pretrain_epochs):
+        for batch in batches(epoch_key, *data, config.batch_size):
+            adamw_step(model, optimizer, *batch)
+        bar.update()
+    return model
+
+
+def finetune(key, model, tx, step, data, test, config, bar):
+    """Train a copy's adapters; return {"mean" or "samples": [probabilities, ...]}."""
+    order_key, noise_key, predict_key = jax.random.split(key, 3)
+    model = nnx.clone(model)
+    base = jax.tree.map(jnp.copy, nnx.state(model, BASE))
+    optimizer = nnx.Optimizer(model, tx, wrt=ADAPTERS)
+    history = collections.defaultdict(list)
+    for epoch in range(config.epochs):
+        epoch_keys = (jax.random.fold_in(k, epoch) for k in (order_key, noise_key))
+        order, noise = epoch_keys
+        for i, batch in enumerate(batches(order, *data, config.batch_size)):
+            if step is ivon_step:
+                loss = step(model, optimizer, *batch, jax.random.fold_in(noise, i))
+            else:
+                loss = step(model, optimizer, *batch)
+        last = epoch == config.epochs - 1
+        if last or epoch % max(1, config.epochs // 40) == 0:
+            history["epoch"].append(1 + epoch)
+            history["mean"].append(predict(model, test))
+            if step is ivon_step:
+                probs = posterior_predict(
+                    model, optimizer, test, predict_key, config.num_samples
+                )
+                history["samples"].append(probs)
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        bar.update()
+    chex.assert_trees_all_equal(base, nnx.state(model, BASE))
+    return history
+
+
+def optimizers(config, num_train):
+    """AdamW and IVON on a cosine schedule that ends at zero."""
+    num_steps = config.epochs * (num_train // config.batch_size)
+    adamw = optax.adamw(
+        optax.cosine_decay_schedule(config.adamw_lr, num_steps),
+        weight_decay=config.adamw_weight_decay,
+    )
+    ivon = ivon_jax.ivon(
+        optax.cosine_decay_schedule(config.ivon_lr, num_steps),
+        ess=num_train,
+        hess_init=config.ivon_hess_init,
+        b2=1 - 2 / num_steps,  # averages the Hessian over half of the run
+    )
+    return {"AdamW": (adamw, adamw_step), "IVON": (ivon, ivon_step)}
+
+
+def compare(config, data, test, pretraining, names=("AdamW", "IVON")):
+    """Fine-tune with each on every seed; return {row: [histories of probabilities]}."""
+    rows = collections.defaultdict(list)
+    epochs = config.pretrain_epochs + len(names) * config.epochs
+    with tqdm(total=config.seeds * epochs, unit="epoch", leave=False) as bar:
+        for seed in range(config.seeds):
+            pretrain_key, finetune_key = jax.random.split(jax.random.key(seed))
+            model = pretrain(pretrain_key, pretraining, config, bar)
+            rows["before"].append({"epoch": [0], "mean": [predict(model, test)]})
+            for name in names:
+                tx, step = optimizers(config, len(data[1]))[name]
+                bar.set_description(name)
+                history = finetune(
+                    finetune_key, model, tx, step, data, test, config, bar
+                )
+                rows[name].append(history)
+    return rows
+
+
+def scores(probs, labels):
+    """Accuracy in percent, NLL, ECE and Brier score."""
+    return np.array(
+        [
+            100 * metrics.accuracy(probs, labels),
+            metrics.negative_log_likelihood(probs, labels),
+            metrics.expected_calibration_error(probs, labels),
+            metrics.brier_score(probs, labels),
+        ]
+    )
+
+
+def table_rows(rows):
+    """Yield (name, histories, "mean" or "samples") for each row of the table."""
+    yield "before LoRA", rows["before"], "mean"
+    yield "AdamW", rows["AdamW"], "mean"
+    yield "IVON@mean", rows["IVON"], "mean"
+    yield "IVON", rows["IVON"], "samples"
+
+
+def print_table(rows, labels):
+    """Print mean ± standard error over the seeds; of one seed the error is nan."""
+    print(
+        "|             | accuracy % | NLL           | ECE           | Brier         |"
+    )
+    print(
+        "| ----------- | ---------- | ------------- | ------------- | ------------- |"
+    )
+    for name, histories, kind in table_rows(rows):
+        seeds = np.array([scores(history[kind][-1], labels) for history in histories])
+        errors = seeds.std(axis=0) / (np.sqrt(len(seeds) - 1) or np.nan)
+        columns = zip(seeds.mean(axis=0), errors, (1, 3, 3, 3), strict=True)
+        cells = [f"{mean:.{d}f} ± {error:.{d}f}" for mean, error, d in columns]
+        print(f"| {name:11} | {' | '.join(cells)} |")
+
+
+def draw(path, rows, labels):
+    """Draw test NLL while the adapters learn, mean and standard error."""
+    figure = Figure(figsize=(6, 3.5), dpi=200, layout="constrained")
+    axes = figure.subplots()
+    colors = {"AdamW": "#D55E00", "IVON@mean": "#56B4E9", "IVON": "#0072B2"}
+    for name, histories, kind in table_rows(rows):
+        if name not in colors:
+            continue
+        nll = np.array(
+            [[scores(p, labels)[1] for p in history[kind]] for history in histories]
+        )
+        epochs, mean = histories[0]["epoch"], nll.mean(axis=0)
+        error = nll.std(axis=0) / np.sqrt(max(1, len(nll) - 1))
+        axes.plot(epochs, mean, color=colors[name], label=name)
+        axes.fill_between(
+            epochs, mean - error, mean + error, color=colors[name], alpha=0.2, lw=0
+        )
+    axes.set(xlabel="epoch", ylabel="test NLL (nats)", yscale="log")
+    axes.set_title("Adapters for turned digits, from 100 examples")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def tune(config, data, validation, pretraining):
+    """Print the validation scores of nine settings of each optimizer."""
+    grids = {
+        "AdamW": ("adamw_lr", (1e-3, 3e-3, 1e-2), "adamw_weight_decay", (1e-2, 0.1, 1)),
+        "IVON": ("ivon_lr", (0.03, 0.1, 0.3), "ivon_hess_init", (0.3, 1.0, 3.0)),
+    }
+    images, labels = validation
+    for name, (first, firsts, second, seconds) in grids.items():
+        kind = "samples" if name == "IVON" else "mean"
+        for values in itertools.product(firsts, seconds):
+            trial = dict(zip((first, second), values, strict=True))
+            candidate = dataclasses.replace(config, **trial)
+            rows = compare(candidate, data, images, pretraining, (name,))
+            results = [scores(history[kind][-1], labels) for history in rows[name]]
+            accuracy, nll, *_ = np.mean(results, axis=0)
+            print(f"{name}: accuracy {accuracy:.1f} %, NLL {nll:.3f} with {trial}")
+
+
+def parse_args():
+    """Return the Config of the command line, and whether to tune."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for field in dataclasses.fields(Config):
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+    parser.add_argument("--tune", action="store_true")
+    flags = vars(parser.parse_args())
+    tuning = flags.pop("tune")
+    return Config(**flags), tuning
+
+
+def main():
+    """Pretrain, fine-tune, print the table, draw the picture; or tune."""
+    config, tuning = parse_args()
+    pretraining, data, validation, (images, labels) = load_splits()
+    if tuning:
+        tune(config, data, validation, pretraining)
+        return
+    rows = compare(config, data, images, pretraining)
+    print_table(rows, labels)
+    draw(config.plot, rows, labels)
+
+
+if __name__ == "__main__":
+    main()
