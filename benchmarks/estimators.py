@@ -1,0 +1,241 @@
+"""The paper's Table 7 in small: three Hessian estimators on handwritten digits.
+
+    python benchmarks/estimators.py            # 5 min on two CPU cores
+    python benchmarks/estimators.py --epochs 2 --seeds 1    # a look
+
+One network, one schedule, and for every estimator the best of the same nine pairs of
+learning rate and Hessian initialisation, by NLL on a third of the training half. Memory
+is what the compiled training step needs besides its arguments, time that of a step
+beside optax.adamw's in the same run. Prints the Markdown table of benchmarks/README.md.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import platform
+import statistics
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+import ivon_jax
+from ivon_jax import metrics
+
+ESTIMATORS = ("squared_gradient", "gauss_newton", "reparameterization")
+GRID = tuple(itertools.product((0.1, 0.3, 1.0), (0.1, 0.3, 1.0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every knob of this run; each field is also a command-line flag."""
+
+    epochs: int = 400
+    batch_size: int = 50
+    width: int = 128
+    b2: float = 0.9997  # averages the Hessian over half of the 6800 steps
+    seeds: int = 5
+    tuning_seeds: int = 2
+    num_samples: int = 64
+
+
+def init(key, width):
+    """Weights of two hidden layers, He's initialisation."""
+    sizes = (64, width, width, 10)
+    keys = jax.random.split(key, len(sizes) - 1)
+    return [
+        {
+            "w": jax.random.normal(k, (m, n)) * jnp.sqrt(2.0 / m),
+            "b": jnp.zeros(n),
+        }
+        for k, m, n in zip(keys, sizes[:-1], sizes[1:], strict=True)
+    ]
+
+
+def apply(params, images):
+    """Logits (N, 10) of images (N, 64)."""
+    *hidden, last = params
+    for layer in hidden:
+        images = jax.nn.relu(images @ layer["w"] + layer["b"])
+    return images @ last["w"] + last["b"]
+
+
+def loss_fn(params, images, labels):
+    """Mean cross-entropy of a batch."""
+    logits = apply(params, images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def make_step(tx, estimator):
+    """A training step; without an estimator that of plain optax."""
+
+    def step(carry, images, labels, key):
+        params, opt_state = carry
+        if estimator is None:
+            grads = jax.grad(loss_fn)(params, images, labels)
+        else:
+            grad_fn = ivon_jax.value_and_grad(loss_fn, hess_estimator=estimator)
+            _, grads = grad_fn(key, params, opt_state, images, labels)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
+
+
+def make_ivon(config, learning_rate, hess_init, num_train):
+    """IVON on a cosine schedule that ends at zero; its numbers may be tracers."""
+    num_steps = config.epochs * (num_train // config.batch_size)
+    schedule = optax.cosine_decay_schedule(1.0, num_steps)
+    return ivon_jax.ivon(
+        lambda count: learning_rate * schedule(count),
+        ess=num_train,
+        hess_init=hess_init,
+        b2=config.b2,
+    )
+
+
+def trainer(config, estimator, train, test):
+    """A compiled (key, learning rate, h_0) -> scores at the mean and with samples."""
+    images, labels = train
+    num_batches = len(labels) // config.batch_size
+
+    def run(key, learning_rate, hess_init):
+        init_key, train_key, predict_key = jax.random.split(key, 3)
+        tx = make_ivon(config, learning_rate, hess_init, len(labels))
+        step = make_step(tx, estimator)
+
+        def epoch(carry, epoch_key):
+            order_key, noise_key = jax.random.split(epoch_key)
+            order = jax.random.permutation(order_key, len(labels))
+            batches = order[: num_batches * config.batch_size].reshape(num_batches, -1)
+
+            def body(carry, batch):
+                indices, step_key = batch
+                return step(carry, images[indices], labels[indices], step_key), None
+
+            keys = jax.random.split(noise_key, num_batches)
+            return jax.lax.scan(body, carry, (batches, keys))
+
+        params = init(init_key, config.width)
+        carry = params, tx.init(params)
+        epoch_keys = jax.random.split(train_key, config.epochs)
+        (params, opt_state), _ = jax.lax.scan(epoch, carry, epoch_keys)
+        q = ivon_jax.posterior(params, opt_state)
+        probs = ivon_jax.predict(
+            lambda theta: jax.nn.softmax(apply(theta, test[0])),
+            q,
+            predict_key,
+            config.num_samples,
+        )
+        return scores(probs, test[1])
+
+    return jax.jit(run)
+
+
+def scores(probs, labels):
+    """Accuracy in percent, NLL, ECE and Brier score."""
+    return jnp.stack(
+        [
+            100 * metrics.accuracy(probs, labels),
+            metrics.negative_log_likelihood(probs, labels),
+            metrics.expected_calibration_error(probs, labels),
+            metrics.brier_score(probs, labels),
+        ]
+    )
+
+
+def tuned(config, estimator, train, bar):
+    """The (learning rate, h_0) of the lowest NLL on a third of the training half."""
+    images, labels = train
+    cut = 2 * len(labels) // 3
+    run = trainer(
+        config, estimator, (images[:cut], labels[:cut]), (images[cut:], labels[cut:])
+    )
+    losses = {}
+    for pair in GRID:
+        keys = jax.random.split(jax.random.key(1000), config.tuning_seeds)
+        losses[pair] = np.mean([run(key, *pair)[1] for key in keys])
+        bar.update(config.tuning_seeds)
+    return min(GRID, key=lambda pair: np.nan_to_num(losses[pair], nan=np.inf))
+
+
+def cost(config, estimator, tx, train):
+    """Temporary memory (bytes) and median time (s) of one compiled training step."""
+    images, labels = (array[: config.batch_size] for array in train)
+    params = init(jax.random.key(0), config.width)
+    carry, key = (params, tx.init(params)), jax.random.key(1)
+    step = jax.jit(make_step(tx, estimator))
+    step = step.lower(carry, images, labels, key).compile()
+    times = []
+    for _ in range(200):
+        start = time.perf_counter()
+        jax.block_until_ready(step(carry, images, labels, key))
+        times.append(time.perf_counter() - start)
+    return step.memory_analysis().temp_size_in_bytes, statistics.median(times)
+
+
+def main():
+    """Tune, train, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for field in dataclasses.fields(Config):
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+    config = Config(**vars(parser.parse_args()))
+
+    digits = load_digits()
+    images = jnp.asarray(digits.data / 16, jnp.float32)
+    labels = jnp.asarray(digits.target, jnp.int32)
+    half = len(labels) // 2
+    train, test = (images[:half], labels[:half]), (images[half:], labels[half:])
+
+    _, adamw_time = cost(config, None, optax.adamw(1e-3), train)
+    total = len(ESTIMATORS) * (len(GRID) * config.tuning_seeds + config.seeds)
+    lines = []
+    with tqdm(total=total, unit="run", leave=False) as bar:
+        for estimator in ESTIMATORS:
+            bar.set_description(estimator)
+            pair = tuned(config, estimator, train, bar)
+            run = trainer(config, estimator, train, test)
+            results = []
+            for key in jax.random.split(jax.random.key(0), config.seeds):
+                results.append(run(key, *pair))
+                bar.update()
+            tx = make_ivon(config, *pair, half)
+            lines.append(
+                (
+                    estimator,
+                    pair,
+                    np.array(results),
+                    *cost(config, estimator, tx, train),
+                )
+            )
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    print(
+        f"jax {jax.__version__} on {jax.devices()[0].device_kind} "
+        f"({platform.machine()}), commit {commit}, {config}\n"
+    )
+    print(
+        "| h_hat | lr, h_0 | accuracy % | NLL | ECE | Brier | memory | time / AdamW |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for estimator, (learning_rate, hess_init), results, memory, seconds in lines:
+        errors = results.std(axis=0, ddof=1) / np.sqrt(len(results))
+        columns = zip(results.mean(axis=0), errors, (1, 3, 3, 3), strict=True)
+        cells = " | ".join(
+            f"{mean:.{d}f} ± {error:.{d}f}" for mean, error, d in columns
+        )
+        print(
+            f"| {estimator} | {learning_rate:g}, {hess_init:g} | {cells} "
+            f"| {memory / 2**20:.2f} MiB | {seconds / adamw_time:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
