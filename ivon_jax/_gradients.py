@@ -93,7 +93,8 @@ def value_and_grad(
 
       Pass the `Estimate` to ``tx.update`` in the place of the gradients where IVON is
       the outermost transformation, or ``tx.update(estimate.grad, opt_state, params,
-      hess=estimate.hess)`` within `optax.chain`, `masked` or `partition`.
+      hess=estimate.hess)`` within any wrapper: one that stands before IVON in a chain
+      would take the two halves of an `Estimate` for one gradient.
 
     Raises:
       TypeError, ValueError: an argument, the loss or a batch is not as described; no

@@ -201,10 +201,23 @@ def perturbation(q: Posterior, key: jax.Array) -> optax.Params:
     keys = structure.unflatten(jax.random.split(key, len(leaves)))
 
     def draw(mean, precision, leaf_key):
-        noise = jax.random.normal(leaf_key, mean.shape, precision.dtype)
+        noise = jax.random.normal(
+            leaf_key, mean.shape, precision.dtype, out_sharding=_sharding_in_type(mean)
+        )
         return _rules.perturbation(noise, precision)
 
     return map_arrays(draw, q, keys)
+
+
+def _sharding_in_type(x):
+    """Where the mesh is explicit, the sharding to draw noise for `x` in.
+
+    Without it every device would draw the noise of all. An automatic mesh needs no
+    word, and an array outside of ``jit`` has no mesh to draw in.
+    """
+    sharding = jax.typeof(x).sharding
+    explicit = isinstance(x, jax.core.Tracer) and not sharding.mesh.empty
+    return sharding if explicit else None
 
 
 def shifted(q: Posterior, perturbation: optax.Params) -> optax.Params:
