@@ -1,5 +1,8 @@
 """IVON: variational learning as an optax gradient transformation."""
 
+import importlib
+from typing import Any
+
 from . import metrics as metrics
 from ._gradients import value_and_grad as value_and_grad
 from ._posterior import (
@@ -17,3 +20,10 @@ from ._transform import (
 from .predictive import predict as predict
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import `ivon_jax.flax` when it is first used: the core does not need Flax."""
+    if name == "flax":
+        return importlib.import_module("ivon_jax.flax")
+    raise AttributeError(f"module 'ivon_jax' has no attribute {name!r}")

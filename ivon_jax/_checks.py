@@ -1,8 +1,7 @@
 """Argument checks: the only module that words errors about values.
 
-Scalars are checked where they are concrete, Python and NumPy numbers, and come back as
-Python floats. JAX arrays may be tracers (``jit``, ``vmap``, `inject_hyperparams`): only
-their shape and dtype are checked, and they come back as they are.
+A scalar that is a Python or NumPy number comes back as a Python float; one that is a
+JAX array comes back as it is, checked unless it is a tracer (``jit``, ``vmap``).
 """
 
 import math
@@ -15,34 +14,30 @@ import optax
 
 
 def positive(name, value):
-    """Return a scalar that is positive and finite."""
-    number = _scalar(name, value)
-    if isinstance(number, float) and not number > 0:
+    """Return a scalar that is positive and finite, also in the default float dtype."""
+    scalar, number = _scalar(name, value)
+    if number is not None and not number > 0:
         raise ValueError(f"`{name}` must be positive, got {value}.")
-    return number
+    tiny = float(jnp.finfo(jnp.result_type(float)).tiny)
+    if number is not None and number < tiny:
+        raise ValueError(f"`{name}` must be at least {tiny:.2g}, got {value}.")
+    return scalar
 
 
 def non_negative(name, value):
     """Return a scalar that is finite and at least zero."""
-    number = _scalar(name, value)
-    if isinstance(number, float) and not number >= 0:
+    scalar, number = _scalar(name, value)
+    if number is not None and not number >= 0:
         raise ValueError(f"`{name}` must be non-negative, got {value}.")
-    return number
+    return scalar
 
 
 def decay_rate(name, value):
-    """Return a scalar in [0, 1), in a dtype that can tell it from 1."""
-    number = _scalar(name, value)
-    if isinstance(number, float):
-        if not 0 <= number < 1:
-            raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
-    elif number.dtype in (jnp.float16, jnp.bfloat16):
-        raise TypeError(
-            f"`{name}` must be float32 or wider, got {number.dtype}, which rounds what "
-            "is near one to one. With `optax.inject_hyperparams`, pass "
-            "`hyperparam_dtype=jnp.float32`."
-        )
-    return number
+    """Return a scalar in [0, 1)."""
+    scalar, number = _scalar(name, value)
+    if number is not None and not 0 <= number < 1:
+        raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
+    return scalar
 
 
 def boolean(name, value):
@@ -62,25 +57,38 @@ def integer_between(name, value, low, high=math.inf):
 
 
 def _scalar(name, value):
-    """Return a finite Python float, or the JAX array that may stand for one."""
+    """Return `value` for computing, and as a finite number where it is known."""
     if isinstance(value, np.ndarray) and not value.shape:
         value = value[()]
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        if math.isinf(value):
-            raise ValueError(f"`{name}` must be finite, got {value}.")
-        return float(value)
+        number = _finite(name, value)
+        return number, number
     if not isinstance(value, jax.Array):
         hint = " To schedule it, use `optax.inject_hyperparams`." * callable(value)
         raise TypeError(f"`{name}` must be a number, got {value!r}.{hint}")
-    real = jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(
-        value.dtype, jnp.floating
-    )
-    if value.shape or not real:
+    kinds = (jnp.integer, jnp.floating)
+    if value.shape or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
         raise TypeError(
             f"`{name}` must be a real scalar, got an array of shape {value.shape} and "
             f"dtype {value.dtype}."
         )
-    return value
+    if value.dtype in (jnp.float16, jnp.bfloat16):
+        raise TypeError(
+            f"`{name}` must be float32 or wider, got {value.dtype}, where 0.99999 is "
+            "1. With `optax.inject_hyperparams`, use `hyperparam_dtype=jnp.float32`."
+        )
+    concrete = not isinstance(value, jax.core.Tracer) and value.is_fully_addressable
+    return value, _finite(name, value) if concrete else None
+
+
+def _finite(name, value):
+    """Return `value` as a Python float, if the default float dtype can hold it."""
+    largest = float(jnp.finfo(jnp.result_type(float)).max)
+    if abs(value) == math.inf:
+        raise ValueError(f"`{name}` must be finite, got {value}.")
+    if abs(value) > largest:
+        raise ValueError(f"`{name}` must be at most {largest:.2g}, got {value}.")
+    return float(value)
 
 
 def floating_leaves(params):
@@ -117,6 +125,24 @@ def has_params(params):
         raise ValueError(
             "`update` needs `params`, the posterior mean, got None. Call "
             "`tx.update(grads, opt_state, params, sample=theta)`."
+        )
+
+
+def one_state(state):
+    """Reject a batch of states, which would broadcast along the wrong axes."""
+    if jnp.shape(state.ess):
+        raise ValueError(
+            "`opt_state` must be one state, got a batch of shape "
+            f"{jnp.shape(state.ess)}. Call under `jax.vmap`."
+        )
+
+
+def posterior_to_sample(posterior):
+    """Reject what has no samples, the parameters above all."""
+    if not hasattr(posterior, "sample"):
+        raise TypeError(
+            f"`posterior` must be a posterior, got {type(posterior).__name__}. Pass "
+            "`ivon_jax.posterior(params, opt_state)`."
         )
 
 
@@ -206,15 +232,18 @@ def probabilities(name, probs):
     worst = total[np.argmax(np.abs(total - 1))]
     if not abs(worst - 1) <= max(1e-2, 4 * float(jnp.finfo(probs.dtype).eps)):
         raise ValueError(
-            f"`{name}` must sum to one over its last axis, got a sum of {worst}. Apply "
-            "`jax.nn.softmax` to logits."
+            f"`{name}` must sum to one over its last axis, got a sum of {worst}. "
+            + ("Training diverged?" if np.isnan(worst) else "Softmax the logits.")
         )
 
 
 def labels(name, labels, probs):
     """Reject what are no class indices for `probs`."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"`{name}` must be integers, got dtype {labels.dtype}.")
+        raise TypeError(
+            f"`{name}` must be integers, got dtype {labels.dtype}. Of one-hot labels "
+            "pass the argmax."
+        )
     if labels.shape != probs.shape[:-1]:
         raise ValueError(
             f"`{name}` must have shape {probs.shape[:-1]}, one label for each row of "

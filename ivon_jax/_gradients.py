@@ -1,5 +1,6 @@
 """From a loss to what `update` needs: gradient and Hessian estimate under q."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -43,7 +44,7 @@ def value_and_grad(
 
     >>> import ivon_jax
     >>> def loss_fn(theta, x):
-    ...     return jnp.mean((x - theta) ** 2)
+    ...     return jnp.mean((x @ theta - 1.0) ** 2)
     >>> tx = ivon_jax.ivon(learning_rate=0.1, ess=1000)
     >>> params, batch = jnp.zeros(2), jnp.ones((8, 2))
     >>> opt_state = tx.init(params)
@@ -107,31 +108,15 @@ def value_and_grad(
     _checks.integer_between("mc_samples", mc_samples, 1)
     _checks.integer_between("microbatches", microbatches, 1)
     _checks.choice("hess_estimator", hess_estimator, ESTIMATORS)
-    mean_over_samples = (
-        vmap_mean if _checks.boolean("vectorize", vectorize) else scan_mean
-    )
-    loss_fn = _with_aux(loss_fn, _checks.boolean("has_aux", has_aux))
-
-    def draw(q, key, args):
-        noise = perturbation(q, key)
-        theta = shifted(q, noise)
-        (loss, aux), grad = jax.value_and_grad(loss_fn, has_aux=True)(theta, *args)
-        if grad_transform is not None:
-            grad = _transformed(grad_transform, grad, theta)
-        match hess_estimator:
-            case "reparameterization":
-                hess = _reparameterization(q, grad, theta, noise)
-            case "squared_gradient":
-                hess = _squared_gradient(q, grad)
-            case "gauss_newton":
-                hess = _gauss_newton(q, loss_fn, theta, args)
-        return loss, aux, Estimate(grad, hess)
+    _checks.boolean("has_aux", has_aux)
+    mean = vmap_mean if _checks.boolean("vectorize", vectorize) else scan_mean
+    loss_fn = _with_aux(loss_fn, has_aux)
+    draw = functools.partial(_draw, loss_fn, grad_transform, hess_estimator)
 
     def over_samples(q, key, args):
         if mc_samples == 1:
             return draw(q, key, args)
-        keys = jax.random.split(key, mc_samples)
-        return mean_over_samples(lambda k: draw(q, k, args), keys)
+        return mean(lambda k: draw(q, k, args), jax.random.split(key, mc_samples))
 
     def over_microbatches(q, key, args):
         if microbatches == 1:
@@ -163,6 +148,23 @@ def _with_aux(loss_fn, has_aux):
         return value if has_aux else (value, None)
 
     return checked
+
+
+def _draw(loss_fn, grad_transform, hess_estimator, q, key, args):
+    """Loss, aux and estimate at one sample of one batch."""
+    noise = perturbation(q, key)
+    theta = shifted(q, noise)
+    (loss, aux), grad = jax.value_and_grad(loss_fn, has_aux=True)(theta, *args)
+    if grad_transform is not None:
+        grad = _transformed(grad_transform, grad, theta)
+    match hess_estimator:
+        case "reparameterization":
+            hess = _reparameterization(q, grad, theta, noise)
+        case "squared_gradient":
+            hess = _squared_gradient(q, grad)
+        case "gauss_newton":
+            hess = _gauss_newton(q, loss_fn, theta, args)
+    return loss, aux, Estimate(grad, hess)
 
 
 def _transformed(grad_transform, grad, theta):

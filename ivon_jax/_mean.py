@@ -11,38 +11,38 @@ def scan_mean(fn, xs):
     Floating-point leaves are averaged in float32 or wider and keep their dtype; of
     other leaves the last value stays.
     """
+    count = len(jax.tree.leaves(xs)[0])
 
-    def step(means, numbered):
-        number, x = numbered
-        return jax.tree.map(lambda m, v: _include(m, v, number), means, fn(x)), None
+    def include(total, value):
+        if not _averaged(value):
+            return value
+        return total + value.astype(total.dtype) / count
 
-    first = jax.tree.map(lambda x: x[0], xs)
-    shapes = jax.eval_shape(fn, first)
-    means = jax.tree.map(lambda s: jnp.zeros_like(s, dtype=_wide(s.dtype)), shapes)
-    numbers = jnp.arange(1, 1 + len(jax.tree.leaves(xs)[0]))
-    means, _ = jax.lax.scan(step, means, (numbers, xs))
-    return jax.tree.map(lambda m, s: m.astype(s.dtype), means, shapes)
+    def step(totals, x):
+        return jax.tree.map(include, totals, fn(x)), None
+
+    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], xs))
+    zeros = jax.tree.map(lambda s: jnp.zeros_like(s, dtype=_wide(s)), shapes)
+    totals, _ = jax.lax.scan(step, zeros, xs)
+    return jax.tree.map(lambda total, s: total.astype(s.dtype), totals, shapes)
 
 
 def vmap_mean(fn, xs):
     """As `scan_mean`, all x at once: faster where one alone leaves the device idle."""
 
     def mean(values):
-        if not jnp.issubdtype(values.dtype, jnp.inexact):
+        if not _averaged(values):
             return values[-1]
-        return jnp.mean(values, axis=0, dtype=_wide(values.dtype)).astype(values.dtype)
+        return jnp.mean(values, axis=0, dtype=_wide(values)).astype(values.dtype)
 
     return jax.tree.map(mean, jax.vmap(fn)(xs))
 
 
-def _include(mean, value, number):
-    """The mean of `number` values, from the mean of all but the last and the last."""
-    if not jnp.issubdtype(mean.dtype, jnp.inexact):
-        return value
-    return mean + (value.astype(mean.dtype) - mean) / number.astype(mean.dtype)
+def _averaged(value):
+    return jnp.issubdtype(value.dtype, jnp.inexact)
 
 
-def _wide(dtype):
-    """The dtype to average `dtype` in."""
-    inexact = jnp.issubdtype(dtype, jnp.inexact)
-    return np.promote_types(dtype, np.float32) if inexact else dtype
+def _wide(value):
+    """The dtype to average `value` in."""
+    dtype = value.dtype
+    return np.promote_types(dtype, np.float32) if _averaged(value) else dtype

@@ -77,9 +77,9 @@ class Posterior(NamedTuple):
         theta = _checks.like("theta", theta, "the posterior's mean", self.mean)
 
         def log_density(mean, precision, x):
-            residual = x.astype(precision.dtype) - mean.astype(precision.dtype)
+            x, mean = (jnp.asarray(value, precision.dtype) for value in (x, mean))
             log_scale = jnp.log(precision / (2 * math.pi))
-            return 0.5 * jnp.sum(log_scale - precision * residual**2)
+            return 0.5 * jnp.sum(log_scale - precision * (x - mean) ** 2)
 
         return _total(map_arrays(log_density, self, theta))
 
@@ -117,7 +117,8 @@ class Posterior(NamedTuple):
         _checks.same_point_masses(self, prior)
 
         def divergence(mean, precision, prior_mean, prior_precision):
-            mean, prior_mean = (x.astype(precision.dtype) for x in (mean, prior_mean))
+            means = (mean, prior_mean)
+            mean, prior_mean = (jnp.asarray(m, precision.dtype) for m in means)
             ratio = prior_precision / precision
             shift = prior_precision * (mean - prior_mean) ** 2
             return 0.5 * jnp.sum(ratio - jnp.log(ratio) + shift - 1)
@@ -235,6 +236,7 @@ def _is_ivon(node):
 
 def _precision(params, state):
     """The precision of what `state` owns, a tree like `params`; None elsewhere."""
+    _checks.one_state(state)
     _checks.like("params", params, "the optimizer's state", state.hess)
 
     def precision(h, param):

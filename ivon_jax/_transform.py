@@ -122,7 +122,8 @@ def ivon(
 
       * ``sample=theta``, the draw at which `grads` was taken. `theta` has the shapes of
         `params`; its rounding error goes into :math:`\hat h`, so keep float32
-        parameters and cast to bfloat16 inside the loss.
+        parameters and cast to bfloat16 inside the loss. With `params` for `theta` the
+        Hessian decays to zero, without a word.
       * ``hess=``, any estimate of the Hessian diagonal of the mean loss,
 
       or an `Estimate` for `grads`, which carries both.
@@ -139,6 +140,8 @@ def ivon(
     """
     if not callable(learning_rate):
         learning_rate = _checks.non_negative("learning_rate", learning_rate)
+    hess_init = _checks.positive("hess_init", hess_init)
+    weight_decay = _checks.non_negative("weight_decay", weight_decay)
     steps = [_preconditioner(ess, hess_init, b1, b2, weight_decay)]
     if clip_radius is not None:
         steps.append(optax.clip(_checks.positive("clip_radius", clip_radius)))
@@ -168,15 +171,7 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay):
 
     def update(grads, state, params=None, *, sample=None, hess=None, **extra_args):
         del extra_args
-        _checks.has_params(params)
-        _checks.one_curvature(sample, hess, grads, Estimate)
-        if isinstance(grads, Estimate):
-            grads, hess = grads
-        grads = _checks.like("grads", grads, "`params`", params)
-        if sample is not None:
-            sample = _checks.like("sample", sample, "`params`", params)
-            hess = _hess_estimate(grads, sample, params, state)
-        hess = _checks.like("hess", hess, "`params`", params)
+        estimate = _estimate(grads, state, params, sample, hess)
         count = optax.safe_increment(state.count)
 
         def step(h, g, mean, grad, hess_hat):
@@ -187,7 +182,7 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay):
             g_bar = _rules.debiased(g, b1_, t)
             return _Step(_rules.direction(g_bar, mean, h, delta), g, h)
 
-        steps = jax.tree.map(step, state.hess, state.momentum, params, grads, hess)
+        steps = jax.tree.map(step, state.hess, state.momentum, params, *estimate)
         return _field("direction", steps), IVONState(
             count=count,
             ess=jnp.asarray(ess, state.ess.dtype),
@@ -197,6 +192,20 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay):
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _estimate(grads, state, params, sample, hess):
+    """Gradient and Hessian estimate, from whichever way `update` was told them."""
+    _checks.has_params(params)
+    _checks.like("params", params, "the optimizer's state", state.hess)
+    _checks.one_curvature(sample, hess, grads, Estimate)
+    if isinstance(grads, Estimate):
+        grads, hess = grads
+    grads = _checks.like("grads", grads, "`params`", params)
+    if sample is not None:
+        sample = _checks.like("sample", sample, "`params`", params)
+        return Estimate(grads, _hess_estimate(grads, sample, params, state))
+    return Estimate(grads, _checks.like("hess", hess, "`params`", params))
 
 
 def _hess_estimate(grads, sample, params, state):

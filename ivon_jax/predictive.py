@@ -41,9 +41,11 @@ def predict(
       A tree with the structure and shapes of ``fn(theta)``, in float32 or wider.
 
     Raises:
-      TypeError, ValueError: `num_samples` is not a positive integer.
+      TypeError, ValueError: `num_samples` is not a positive integer, or `posterior`
+        has no samples.
     """
     _checks.integer_between("num_samples", num_samples, 1)
+    _checks.posterior_to_sample(posterior)
 
     def outputs(sample_key):
         return jax.tree.map(_at_least_float32, fn(posterior.sample(sample_key)))

@@ -142,7 +142,8 @@ BAD_ARRAYS = [
     (PROBS, LABELS + 1, ValueError, "`labels` must be in 0..6, got 7."),
     (2 * PROBS, LABELS, ValueError, "`probs` must sum to one over its last axis, got"),
     (np.log(PROBS), LABELS, ValueError, "`probs` must be non-negative, got -"),
-    (np.nan * PROBS, LABELS, ValueError, "`probs` must sum to one"),
+    (np.nan * PROBS, LABELS, ValueError, "got a sum of nan. Training diverged?"),
+    (PROBS, np.eye(7)[LABELS], TypeError, "Of one-hot labels pass the argmax."),
 ]
 
 

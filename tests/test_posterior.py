@@ -317,6 +317,21 @@ def test_params_of_another_shape_are_named():
         ivon_jax.posterior(PARAMS | {"b": jnp.ones(4)}, ivon().init(PARAMS))
 
 
+def test_a_batch_of_states_is_sent_to_vmap():
+    """Its ess would broadcast along the wrong axis."""
+    stacked = jax.vmap(lambda ess: ivon(ess=ess).init(PARAMS))(jnp.array([1.0, 9.0]))
+    params = jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS)
+    message = "`opt_state` must be one state, got a batch of shape (2,). Call under"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ivon_jax.posterior(params, stacked)
+
+
+def test_densities_take_python_numbers():
+    q = ivon_jax.Posterior({"w": 1.0}, {"w": jnp.float32(2 * np.pi)})
+    np.testing.assert_allclose(q.log_prob({"w": 1.0}), 0.0, atol=1e-6)
+    np.testing.assert_allclose(q.kl_divergence(q), 0.0, atol=1e-6)
+
+
 def test_densities_name_a_tree_that_does_not_fit():
     q = gaussian(0, "w")
     message = "`theta` must have the tree structure of the posterior's mean, got"

@@ -69,6 +69,23 @@ def test_probabilities_average_to_probabilities(key):
     np.testing.assert_allclose(probs.sum(axis=-1), 1.0, rtol=1e-6)
 
 
+def test_an_infinite_mean_is_infinite(key):
+    """As that of log-likelihoods may be; not NaN."""
+
+    def log_likelihoods(theta):
+        return jnp.stack([-jnp.inf, theta["w"].sum()])
+
+    result = ivon_jax.predict(log_likelihoods, POSTERIOR, key, num_samples=4)
+    assert result[0] == -jnp.inf
+    assert jnp.isfinite(result[1])
+
+
+def test_parameters_are_no_posterior(key):
+    message = "`posterior` must be a posterior, got dict. Pass `ivon_jax.posterior("
+    with pytest.raises(TypeError, match=re.escape(message)):
+        ivon_jax.predict(outputs, POSTERIOR.mean, key)
+
+
 @pytest.mark.parametrize("bad", [0, -3])
 def test_the_number_of_samples_is_positive(bad, key):
     message = f"`num_samples` must be at least 1, got {bad}."

@@ -252,6 +252,13 @@ def test_trees_of_another_shape_are_named(name):
         TX.update(GRADS, STATE, PARAMS, **{name: PARAMS | {"w": jnp.ones(())}})
 
 
+def test_params_of_another_shape_than_the_states_are_named():
+    message = "`params` must have the shapes of the optimizer's state, got (4,)"
+    params = PARAMS | {"b": jnp.ones(4)}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TX.update(params, STATE, params, sample=params)
+
+
 def test_gradients_of_another_structure_are_named():
     message = "`grads` must have the tree structure of `params`, got"
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -323,6 +330,45 @@ def test_a_value_of_the_wrong_type_is_named(name, bad):
         CONSTRUCTORS["ivon"](**{name: bad})
 
 
+@pytest.mark.parametrize(
+    ("name", "bad", "allowed"),
+    [
+        ("ess", jnp.float32(-1), "positive"),
+        ("hess_init", jnp.array(jnp.nan), "positive"),
+        ("weight_decay", jnp.float32(-1), "non-negative"),
+        ("b2", jnp.float32(1), "in [0, 1)"),
+        ("learning_rate", jnp.float32(-1), "non-negative"),
+        ("clip_radius", jnp.float32(0), "positive"),
+        ("ess", jnp.float32(INF), "finite"),
+    ],
+)
+def test_a_concrete_jax_array_out_of_range_is_named(name, bad, allowed):
+    """Tracers alone cannot be checked."""
+    message = f"`{name}` must be {allowed}, got {bad}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CONSTRUCTORS["ivon"](**{name: bad})
+
+
+@pytest.mark.parametrize("bad", [1e39, 10**400, 1e-50], ids=["1e39", "1e400", "1e-50"])
+def test_a_number_that_float32_cannot_hold_is_named(bad):
+    """It would be infinite, or zero, in the state."""
+    with pytest.raises(ValueError, match=r"`ess` must be at (most|least) \S+, got 1"):
+        ivon_jax.ivon(0.1, ess=bad)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, jnp.float32])
+def test_numbers_of_any_kind_give_the_same_step(kind):
+    names = {"ess": 100, "hess_init": 0.5, "weight_decay": 0.25, "b1": 0.5, "b2": 0.75}
+    plain, other = (
+        ivon_jax.ivon(kind(0.5), **{name: kind(x) for name, x in names.items()})
+        for kind in (float, kind)
+    )
+    steps = [
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, hess=GRADS) for tx in (plain, other)
+    ]
+    chex.assert_trees_all_close(*steps, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", NUMBERS)
 def test_an_array_is_not_a_scalar(name):
     message = f"`{name}` must be a real scalar, got an array of shape (2,)"
@@ -343,10 +389,10 @@ def test_a_schedule_for_ess_is_sent_to_inject_hyperparams():
         ivon_jax.ivon(0.1, ess=lambda count: 100.0 * count)
 
 
-def test_a_low_precision_decay_rate_is_refused():
+def test_a_low_precision_hyperparameter_is_refused():
     """b2 = 0.99999 in bfloat16 is 1: the Hessian would freeze in silence."""
     tx = optax.inject_hyperparams(ivon_jax.ivon)(learning_rate=0.1, ess=100)
-    message = "`b1` must be float32 or wider, got bfloat16"
+    message = "must be float32 or wider, got bfloat16"
     with pytest.raises(TypeError, match=re.escape(message)):
         tx.init(jnp.ones(2, jnp.bfloat16))
 
