@@ -4,22 +4,22 @@
     python examples/digits.py --tune     # 3 min: the trials behind the defaults below
 
 A small network learns 898 digits and is tested on 899 others. Each optimizer has the
-best of 20 settings, by NLL on a third of the training half after all 400 epochs:
+best of 20 settings, by accuracy on a third of the training half after all 400 epochs:
 learning rate by weight decay for AdamW, by Hessian initialisation for IVON, then b2 for
 both. IVON@mean predicts with the posterior's mean, IVON with 64 samples of it.
 Expected, mean ± standard error over three seeds:
 
 |           | accuracy % | NLL           | ECE           | Brier         | seconds   |
 | --------- | ---------- | ------------- | ------------- | ------------- | --------- |
-| AdamW     | 95.0 ± 0.2 | 0.190 ± 0.012 | 0.020 ± 0.002 | 0.077 ± 0.003 | 0.7 ± 0.1 |
-| IVON@mean | 95.0 ± 0.2 | 0.276 ± 0.013 | 0.040 ± 0.002 | 0.084 ± 0.004 | 2.2 ± 0.1 |
-| IVON      | 95.3 ± 0.4 | 0.163 ± 0.001 | 0.021 ± 0.003 | 0.073 ± 0.002 | 2.2 ± 0.1 |
+| AdamW     | 94.8 ± 0.1 | 0.260 ± 0.008 | 0.031 ± 0.001 | 0.084 ± 0.001 | 0.8 ± 0.1 |
+| IVON@mean | 94.2 ± 0.2 | 0.268 ± 0.014 | 0.041 ± 0.003 | 0.093 ± 0.004 | 2.4 ± 0.0 |
+| IVON      | 94.4 ± 0.1 | 0.201 ± 0.006 | 0.020 ± 0.002 | 0.084 ± 0.002 | 2.4 ± 0.0 |
 
-AdamW owes its calibration to the tuning: with the settings of the best validation
-accuracy instead (`--adamw_lr 3e-3 --adamw_weight_decay 0.1 --adamw_b2 0.999 --ivon_b2
-0.9999`) its NLL is 0.260 and its ECE 0.031, beside IVON's 0.201 and 0.020. IVON takes
-longer here because the gradients of so small a network cost less than the noise of a
-sample. digits.png shows whose confidence can be believed.
+Tuned by validation NLL instead (`--adamw_lr 1e-3 --adamw_weight_decay 0.3 --adamw_b2
+0.9999 --ivon_b2 0.9997`) both gain: AdamW has 95.0 ± 0.2, 0.190 ± 0.012, 0.020 ± 0.002,
+0.077 ± 0.003, and IVON 95.3 ± 0.4, 0.163 ± 0.001, 0.021 ± 0.003, 0.073 ± 0.002. IVON
+takes longer here because the gradients of so small a network cost less than the noise
+of a sample. digits.png shows whose confidence can be believed.
 
 Toy size: `--epochs 2 --seeds 1`
 """
@@ -29,7 +29,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import math
 import time
 
 import jax
@@ -53,12 +52,12 @@ class Config:
     epochs: int = 400
     batch_size: int = 50
     seeds: int = 3
-    adamw_lr: float = 1e-3
-    adamw_weight_decay: float = 0.3
-    adamw_b2: float = 0.9999
+    adamw_lr: float = 3e-3
+    adamw_weight_decay: float = 0.1
+    adamw_b2: float = 0.999
     ivon_lr: float = 1.0
     ivon_hess_init: float = 0.3
-    ivon_b2: float = 0.9997  # averages the Hessian over half of the 6800 steps
+    ivon_b2: float = 0.9999  # averages the Hessian over more than the 6800 steps
     num_samples: int = 64
     plot: str = "digits.png"
 
@@ -249,21 +248,21 @@ def tune(config, data):
 
 
 def best_of(config, data, trials):
-    """Return `config` with the trial of the lowest validation NLL for each."""
+    """Return `config` with the trial of the best validation accuracy for each."""
     images, labels = data
     cut = 2 * len(labels) // 3
-    lowest = {"AdamW": math.inf, "IVON": math.inf}
+    best = {"AdamW": 0.0, "IVON": 0.0}
     winner = config
     for trial in trials:
         candidate = dataclasses.replace(config, **trial)
         rows = compare(candidate, (images[:cut], labels[:cut]), images[cut:])
-        for name in lowest:
+        for name in best:
             knobs = {k: v for k, v in trial.items() if k.startswith(name.lower())}
             results = [scores(probs, labels[cut:])[:2] for probs, _ in rows[name]]
             accuracy, nll = np.mean(results, axis=0)
             print(f"{name}: accuracy {accuracy:.1f} %, NLL {nll:.3f} with {knobs}")
-            if nll < lowest[name]:
-                lowest[name] = nll
+            if accuracy > best[name]:
+                best[name] = accuracy
                 winner = dataclasses.replace(winner, **knobs)
     return winner
 
