@@ -12,11 +12,11 @@ accuracies after it are 90.0 % (AdamW), 91.9 % (SGD) and 92.7 % (IVON with 64 sa
 `--preset quick` trains a smaller network on 5,000 images for 10 epochs, to see the loop
 work:
 
-|           | accuracy | top-5    | NLL      | ECE      | Brier    | seconds  |
-| --------- | -------- | -------- | -------- | -------- | -------- | -------- |
-| AdamW     |     36.3 |       88 |    1.718 |  0.04498 |   0.7612 |    90.64 |
-| IVON@mean |     37.7 |     89.1 |    1.693 |    0.046 |    0.748 |      101 |
-| IVON      |     38.0 |     89.2 |    1.693 |    0.059 |    0.749 |      101 |
+|           | accuracy % | top-5 % | NLL   | ECE   | Brier | seconds |
+| --------- | ---------- | ------- | ----- | ----- | ----- | ------- |
+| AdamW     |       36.3 |    88.0 | 1.718 | 0.045 | 0.761 |      91 |
+| IVON@mean |       37.7 |    89.1 | 1.693 | 0.046 | 0.748 |     101 |
+| IVON      |       38.0 |    89.2 | 1.693 | 0.059 | 0.749 |     101 |
 
 from one seed of each (`--optimizer adamw`, `ivon`), 1,000 test images, with the best of
 two learning rates for AdamW (2e-3, 1e-2) and of four for IVON (0.2, 0.5, 1, 2) on other
@@ -286,7 +286,7 @@ def fit(key, model, optimizer, train_data, test_data, config):
     with checkpoints(config) as manager:
         log = restore(manager, model, optimizer, identity)
         done, total = (n * steps_per_epoch for n in (len(log), config.epochs))
-        bar = tqdm(None, config.optimizer, total, False, initial=done, unit="step")
+        bar = tqdm(desc=config.optimizer, total=total, initial=done, leave=False)
         for epoch in range(len(log), config.epochs):
             start = time.perf_counter()
             # Order, augmentation and noise derive from the seed, the epoch and the
@@ -385,8 +385,8 @@ def sampled_probs(key, model, optimizer, images, num_samples):
 def scores(probs, labels):
     """Return the columns of the table."""
     values = {
-        "accuracy": 100 * metrics.accuracy(probs, labels),
-        "top-5": 100 * metrics.accuracy(probs, labels, k=5),
+        "accuracy %": 100 * metrics.accuracy(probs, labels),
+        "top-5 %": 100 * metrics.accuracy(probs, labels, k=5),
         "NLL": metrics.negative_log_likelihood(probs, labels),
         "ECE": metrics.expected_calibration_error(probs, labels),
         "Brier": metrics.brier_score(probs, labels),
@@ -397,11 +397,11 @@ def scores(probs, labels):
 def print_table(rows, seconds):
     """Print a line for each of {name: scores}, and the seconds of the training."""
     columns = *next(iter(rows.values())), "seconds"
-    print(f"|           | {' | '.join(f'{column:8}' for column in columns)} |")
-    print(f"| --------- {'| -------- ' * len(columns)}|")
+    print(f"|           | {' | '.join(f'{column:10}' for column in columns)} |")
+    print(f"| --------- {'| ---------- ' * len(columns)}|")
     for name, row in rows.items():
         values = zip((*row.values(), seconds), (1, 1, 3, 3, 3, 0), strict=True)
-        cells = [f"{value:8.{digits}f}" for value, digits in values]
+        cells = [f"{value:10.{digits}f}" for value, digits in values]
         print(f"| {name:9} | {' | '.join(cells)} |")
 
 
@@ -411,15 +411,15 @@ def draw(path, log, rows):
     The curves are those of the first row.
     """
     figure = Figure(figsize=(10, 3.8), dpi=200, layout="constrained")
-    units = {"accuracy": "test accuracy (%)", "NLL": "test NLL (nats)"}
-    for axes, (column, unit) in zip(figure.subplots(1, 2), units.items(), strict=True):
-        name, *sampled = rows
+    name, *sampled = rows
+    panels = zip(figure.subplots(1, 2), ("accuracy %", "NLL"), strict=True)
+    for axes, column in panels:
         curve = [epoch[column] for epoch in log]
         axes.plot(range(1, 1 + len(log)), curve, color="#D55E00", label=name)
-        for name in sampled:
-            last = rows[name][column]
-            axes.plot(len(log), last, "*", color="#0072B2", markersize=12, label=name)
-        axes.set(xlabel="epoch", ylabel=unit)
+        for row in sampled:
+            last = rows[row][column]
+            axes.plot(len(log), last, "*", color="#0072B2", markersize=12, label=row)
+        axes.set(xlabel="epoch", ylabel=f"test {column}")
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
