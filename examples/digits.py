@@ -343,6 +343,7 @@ def main():
     rows = compare(config, train_data, jnp.concatenate([images, non_digits]))
     print_table(rows, labels)
     draw(config.plot, rows, labels)
+    print(f"\nThe picture is {config.plot}.")
 
 
 if __name__ == "__main__":
