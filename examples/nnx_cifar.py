@@ -304,7 +304,9 @@ def fit(key, model, optimizer, train_data, test_data, config):
                 bar.update(chunk)
             seconds = time.perf_counter() - start
             test = scores(mean_probs(model, test_data[0]), test_data[1])
-            log.append({"loss": float(np.mean(losses)), "seconds": seconds} | test)
+            # A new list, because Orbax may still be writing the last one.
+            entry = {"loss": float(np.mean(losses)), "seconds": seconds} | test
+            log = [*log, entry]
             save(manager, model, optimizer, identity, log)
         bar.close()
     return log
