@@ -56,6 +56,20 @@ def integer_between(name, value, low, high=math.inf):
         raise ValueError(f"`{name}` must be {limits}, got {value}.")
 
 
+def floating_dtype(name, value):
+    """Return a floating-point dtype."""
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"`{name}` must be a floating-point dtype such as `jnp.bfloat16`, got "
+            f"{value!r}."
+        )
+    return dtype
+
+
 def _scalar(name, value):
     """Return `value` for computing, and as a finite number where it is known."""
     if isinstance(value, np.ndarray) and not value.shape:

@@ -10,7 +10,7 @@ import optax
 
 from . import _checks, _rules
 from ._mean import scan_mean, vmap_mean
-from ._posterior import map_arrays, perturbation, posterior, shifted
+from ._posterior import drawn, map_arrays, posterior, standard_normal
 from ._transform import Estimate
 
 ESTIMATORS = ("reparameterization", "squared_gradient", "gauss_newton")
@@ -27,6 +27,7 @@ def value_and_grad(
     hess_estimator: Literal[
         "reparameterization", "squared_gradient", "gauss_newton"
     ] = "reparameterization",
+    compute_dtype: jax.typing.DTypeLike | None = None,
     vectorize: bool = False,
 ) -> Callable[..., tuple[Any, Estimate]]:
     r"""Estimate value, gradient and Hessian diagonal of a loss over the posterior.
@@ -56,7 +57,8 @@ def value_and_grad(
       loss_fn: ``loss_fn(theta, *args)``, the *mean* loss per example, a scalar; with
         `has_aux` a pair of it and any pytree.
       has_aux: whether `loss_fn` returns a pair. Floating-point leaves of aux come back
-        averaged, as the loss does; of others (counters, say) the last one comes back.
+        averaged, as the loss does; of others (counters, say) the last one comes back,
+        each device its own.
       mc_samples: S, how many samples each (micro-)batch is evaluated at.
       microbatches: cut every array in `args` along its first axis into this many
         slices, one after the other, each with fresh noise: memory for one slice. Slice
@@ -82,15 +84,22 @@ def value_and_grad(
           negative; a second backward pass, and memory for a gradient for each example
           of a micro-batch. `grad_transform` does not act on these.
 
+      compute_dtype: round theta to this dtype, such as ``jnp.bfloat16``, before
+        `loss_fn` sees it. It is the cast of mixed-precision training, in a better
+        place: theta exists in this dtype alone, and IVON takes no more memory than an
+        optimizer without samples, whose parameters are cast inside of the loss.
+        Gradients come back in the parameters' dtypes.
       vectorize: evaluate the `mc_samples` side by side (`jax.vmap`) instead of one
         after the other: faster for small models, memory grows with S.
 
     Returns:
       A function ``(key, params, opt_state, *args) -> value, Estimate(grad, hess)``,
       where value is the loss, or (loss, aux) with `has_aux`. With one sample of one
-      batch, theta is ``ivon_jax.sample(key, params, opt_state)``. If params are
-      bfloat16 or float16, theta is rounded, but the noise in the product is not, so no
-      rounding error is taken for curvature.
+      batch, theta is ``ivon_jax.sample(key, params, opt_state)``. Where theta has
+      fewer bits than the posterior (`compute_dtype`, or low-precision params), theta
+      minus the mean would take rounding errors for curvature: the exact noise is drawn
+      a second time from the same key once the gradient is there, so that no memory
+      holds it in the meantime.
 
       Pass the `Estimate` to ``tx.update`` in the place of the gradients where IVON is
       the outermost transformation, or ``tx.update(estimate.grad, opt_state, params,
@@ -111,7 +120,11 @@ def value_and_grad(
     _checks.boolean("has_aux", has_aux)
     mean = vmap_mean if _checks.boolean("vectorize", vectorize) else scan_mean
     loss_fn = _with_aux(loss_fn, has_aux)
-    draw = functools.partial(_draw, loss_fn, grad_transform, hess_estimator)
+    if compute_dtype is not None:
+        compute_dtype = _checks.floating_dtype("compute_dtype", compute_dtype)
+    draw = functools.partial(
+        _draw, loss_fn, grad_transform, hess_estimator, compute_dtype
+    )
 
     def over_samples(q, key, args):
         if mc_samples == 1:
@@ -145,21 +158,22 @@ def _with_aux(loss_fn, has_aux):
     def checked(theta, *args):
         value = loss_fn(theta, *args)
         _checks.scalar_loss(value, has_aux)
-        return value if has_aux else (value, None)
+        loss, aux = value if has_aux else (value, None)
+        return loss, jax.tree.map(jnp.asarray, aux)
 
     return checked
 
 
-def _draw(loss_fn, grad_transform, hess_estimator, q, key, args):
+def _draw(loss_fn, grad_transform, hess_estimator, compute_dtype, q, key, args):
     """Loss, aux and estimate at one sample of one batch."""
-    noise = perturbation(q, key)
-    theta = shifted(q, noise)
+    theta = drawn(q, standard_normal(q, key), compute_dtype)
     (loss, aux), grad = jax.value_and_grad(loss_fn, has_aux=True)(theta, *args)
+    grad = optax.tree.cast_like(grad, q.mean)
     if grad_transform is not None:
         grad = _transformed(grad_transform, grad, theta)
     match hess_estimator:
         case "reparameterization":
-            hess = _reparameterization(q, grad, theta, noise)
+            hess = _reparameterization(q, key, theta, loss, grad)
         case "squared_gradient":
             hess = _squared_gradient(q, grad)
         case "gauss_newton":
@@ -172,17 +186,31 @@ def _transformed(grad_transform, grad, theta):
     return grad_transform.update(grad, grad_transform.init(theta), theta)[0]
 
 
-def _reparameterization(q, grad, theta, noise):
-    """Eq. 3; None for point masses, as in the other estimators."""
+def _reparameterization(q, key, theta, loss, grad):
+    """Eq. 3, without memory for the noise; None for point masses.
 
-    def estimate(mean, precision, grad, theta, noise):
-        if theta.dtype == precision.dtype:
-            noise = (
-                theta - mean
-            )  # theta is kept for the backward pass, noise need not be
-        return _rules.hess_estimate(grad.astype(precision.dtype), noise, precision)
+    The backward pass keeps theta, so theta minus mean is free. A rounded theta doesn't
+    tell; there the noise is drawn again from its key.
+    """
 
-    return map_arrays(estimate, q, grad, theta, noise)
+    def from_theta(mean, precision, grad, theta):
+        grad, mean = (x.astype(precision.dtype) for x in (grad, mean))
+        return _rules.hess_estimate(grad, theta - mean, precision)
+
+    def from_noise(_, precision, grad, noise):
+        grad = grad.astype(precision.dtype)
+        return _rules.hess_estimate_of_noise(grad, noise, precision)
+
+    if not any(jax.tree.leaves(map_arrays(_rounded, q, theta))):
+        return map_arrays(from_theta, q, grad, theta)
+    # NaN anyway, where the key is another one: what counts is that this draw needs the
+    # loss, or the compiler would keep the first one for it.
+    key = jnp.where(jnp.isnan(loss), jax.random.fold_in(key, 0), key)
+    return map_arrays(from_noise, q, grad, standard_normal(q, key))
+
+
+def _rounded(_, precision, theta):
+    return jnp.finfo(theta.dtype).bits < jnp.finfo(precision.dtype).bits
 
 
 def _squared_gradient(q, grad):

@@ -61,7 +61,7 @@ class Posterior(NamedTuple):
         """
 
         def draw(key):
-            return shifted(self, perturbation(self, key))
+            return drawn(self, standard_normal(self, key))
 
         for _ in shape:
             draw = jax.vmap(draw)
@@ -196,18 +196,22 @@ def find_states(opt_state: optax.OptState) -> list[IVONState]:
     return [node for node in nodes if _is_ivon(node)]
 
 
-def perturbation(q: Posterior, key: jax.Array) -> optax.Params:
-    """Draw theta - m in `precision`'s dtypes; every array has a key of its own."""
+def standard_normal(q: Posterior, key: jax.Array) -> optax.Params:
+    """Draw noise in `precision`'s dtypes; every array has a key of its own."""
     leaves, structure = jax.tree.flatten(q.mean)
-    keys = structure.unflatten(jax.random.split(key, len(leaves)))
+    keys = []
+    # With all keys at once, XLA would begin all arrays' noise before it ends any.
+    for _ in leaves:
+        key, leaf_key = jax.random.split(key)
+        keys.append(leaf_key)
 
     def draw(mean, precision, leaf_key):
-        noise = jax.random.normal(
-            leaf_key, mean.shape, precision.dtype, out_sharding=_sharding_in_type(mean)
+        sharding = _sharding_in_type(mean)
+        return jax.random.normal(
+            leaf_key, mean.shape, precision.dtype, out_sharding=sharding
         )
-        return _rules.perturbation(noise, precision)
 
-    return map_arrays(draw, q, keys)
+    return map_arrays(draw, q, structure.unflatten(keys))
 
 
 def _sharding_in_type(x):
@@ -221,13 +225,19 @@ def _sharding_in_type(x):
     return sharding if explicit else None
 
 
-def shifted(q: Posterior, perturbation: optax.Params) -> optax.Params:
-    """Return theta = m + perturbation, rounded to the parameters' dtypes."""
+def drawn(
+    q: Posterior, noise: optax.Params, dtype: jax.typing.DTypeLike | None = None
+) -> optax.Params:
+    """Return theta of standard normal noise, in `dtype` or the parameters' dtypes."""
 
-    def shift(mean, precision, delta):
-        return (mean.astype(precision.dtype) + delta).astype(mean.dtype)
+    def shift(mean, precision, noise):
+        theta = mean.astype(precision.dtype) + _rules.perturbation(noise, precision)
+        return theta.astype(dtype or mean.dtype)
 
-    return map_arrays(shift, q, perturbation, point_mass=lambda mean: mean)
+    def cast(mean):
+        return mean if dtype is None else mean.astype(dtype)
+
+    return map_arrays(shift, q, noise, point_mass=cast)
 
 
 def _is_ivon(node):

@@ -48,6 +48,15 @@ def hess_estimate(grad, perturbation, precision):
     return grad * perturbation * precision
 
 
+def hess_estimate_of_noise(grad, noise, precision):
+    r"""Line 3 from standard normal noise: :math:`\hat h = \hat g \epsilon / \sigma`.
+
+    >>> print(hess_estimate_of_noise(grad=0.5, noise=-2.0, precision=400.0))
+    -20.0
+    """
+    return grad * noise * jnp.sqrt(precision)
+
+
 def squared_gradient(grad):
     r"""The squared gradient :math:`\hat g^2`, for line 3's :math:`\hat h`.
 
@@ -87,21 +96,24 @@ def next_hess(hess, hess_hat, b2, weight_decay):
     >>> print(next_hess(1.0, hess_hat=-10.0, b2=0.9, weight_decay=0.0))
     0.505
     """
-    hess = _representable(hess, weight_decay)
+    lowest, highest = _representable(jnp.result_type(hess), weight_decay)
+    hess = jnp.clip(hess, lowest, highest)
     step = (1.0 - b2) * (hess_hat - hess)
-    moved = hess + step * (1.0 + 0.5 * step / (hess + weight_decay))
-    return _representable(moved, weight_decay)
+    change = step * (1.0 + 0.5 * step / (hess + weight_decay))
+    # A sum comes last, not a clip: XLA repeats a clip wherever its result is used, and
+    # then both the old and the new `hess` need memory.
+    return hess + jnp.clip(change, lowest - hess, highest - hess)
 
 
-def _representable(hess, weight_decay):
-    """Clip `hess` to where ``0 < hess + weight_decay < inf``, also in floats.
+def _representable(dtype, weight_decay):
+    """Return the range of `hess` where ``0 < hess + weight_decay < inf`` in floats.
 
     Repeated halving would round the sum to zero, a smaller `weight_decay` than before
     could make it negative, and after an overflow the next step would be NaN.
     """
-    info = jnp.finfo(jnp.result_type(hess))
+    info = jnp.finfo(dtype)
     lowest = 2.0 * float(info.tiny) - (1.0 - float(info.eps)) * weight_decay
-    return jnp.clip(hess, lowest, float(info.max) ** 0.5)
+    return lowest, float(info.max) ** 0.5
 
 
 def debiased(momentum, b1, count):

@@ -236,7 +236,12 @@ def _accumulator(param, value):
     bfloat16 has 8 bits of precision: the Hessian could not move by 1e-5 of itself.
     """
     dtype = np.promote_types(jnp.result_type(param), jnp.float32)
-    return jnp.full_like(param, value, dtype=dtype)
+    full = jnp.full_like(param, value, dtype=dtype)
+    if not isinstance(param, jax.core.Tracer):
+        return full
+    # The same value, but one that follows from `param`: otherwise the compiler of a
+    # jitted `init` would not shard it alike.
+    return jnp.where(param == param, full, full)
 
 
 def _cast(dtype, *values):

@@ -469,6 +469,9 @@ def facts(params, alone):
     return {
         "state like params": same_shardings([state.hess, state.momentum], 2 * [params]),
         "jitted init": same_types(jax.jit(TX.init)(params), before[1]),
+        "shards of jitted init": same_shardings(
+            ivon_jax.find_states(jax.jit(TX.init)(params))[0].hess, params
+        ),
         "types stay": same_types(before, after),
         "shardings stay": same_shardings(before, after),
         "sample like params": same_shardings(theta, params),
@@ -504,7 +507,14 @@ def facts(request):
 
 
 @pytest.mark.parametrize(
-    "fact", ["state like params", "jitted init", "types stay", "shardings stay"]
+    "fact",
+    [
+        "state like params",
+        "jitted init",
+        "shards of jitted init",
+        "types stay",
+        "shardings stay",
+    ],
 )
 def test_a_sharded_state_is_typed_and_placed_as_its_parameters(fact, facts):
     """From `init` on, under jit or not, and through a step."""

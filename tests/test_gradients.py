@@ -233,12 +233,20 @@ def test_gauss_newton_is_the_mean_of_squared_gradients_of_single_examples(key):
     chex.assert_trees_all_close(estimate.hess, expected, rtol=1e-5)
 
 
-def test_low_precision_parameters_do_not_bias_the_hessian(key):
+LOW_PRECISION = [
+    (jnp.bfloat16, None),
+    (jnp.float32, jnp.bfloat16),
+    (jnp.bfloat16, jnp.float32),
+]
+
+
+@pytest.mark.parametrize(("dtype", "compute_dtype"), LOW_PRECISION)
+def test_low_precision_does_not_bias_the_hessian(dtype, compute_dtype, key):
     """bfloat16 rounds theta - m by up to half of sigma; h_hat has the noise itself.
 
     With the rounded perturbation the mean would be 8 % too high.
     """
-    params = jnp.full(4, 1.0, jnp.bfloat16)
+    params = jnp.full(4, 1.0, dtype)
     spacing = 2.0**-7
     tx = ivon_jax.ivon(0.1, ess=1.0, hess_init=spacing**-2, weight_decay=0.0)
     opt_state = tx.init(params)
@@ -247,11 +255,65 @@ def test_low_precision_parameters_do_not_bias_the_hessian(key):
         return jnp.sum((theta.astype(jnp.float32) - 1.0) ** 2)
 
     def hess(key):
-        return ivon_jax.value_and_grad(quadratic)(key, params, opt_state)[1].hess
+        grad_fn = ivon_jax.value_and_grad(quadratic, compute_dtype=compute_dtype)
+        return grad_fn(key, params, opt_state)[1].hess
 
     draws = jax.jit(jax.vmap(hess))(jax.random.split(key, 20_000))
     assert draws.dtype == jnp.float32
     assert_mean(draws, 2.0)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_theta_is_rounded_and_its_noise_is_not(raw, key):
+    """The loss sees bfloat16 of the usual draw; gradients come back in float32."""
+    key = jax.random.key_data(key) if raw else key
+    dtypes = []
+
+    def loss(theta, x):
+        dtypes.extend(leaf.dtype for leaf in jax.tree.leaves(theta))
+        return loss_fn(optax.tree.cast(theta, jnp.float32), x)
+
+    grad_fn = ivon_jax.value_and_grad(loss, compute_dtype=jnp.bfloat16)
+    _, estimate = grad_fn(key, PARAMS, STATE, BATCH)
+    assert set(dtypes) == {jnp.dtype(jnp.bfloat16)}
+    theta = ivon_jax.sample(key, PARAMS, STATE)
+    rounded = optax.tree.cast(theta, jnp.bfloat16)
+    grads = optax.tree.cast(jax.grad(loss)(rounded, BATCH), jnp.float32)
+    chex.assert_trees_all_equal(estimate.grad, grads, strict=True)
+    precision = ivon_jax.posterior(PARAMS, STATE).precision
+    expected = jax.tree.map(
+        lambda g, t, m, p: g * (t - m) * p, grads, theta, PARAMS, precision
+    )
+    chex.assert_trees_all_close(estimate.hess, expected, rtol=1e-4)
+
+
+def test_theta_of_the_second_draw_is_nan_only_where_the_loss_is(key):
+    """A loss that is not a number changes the key, and its gradient is no number."""
+    grad_fn = ivon_jax.value_and_grad(
+        lambda theta: jnp.sum(theta["a"] * jnp.nan).astype(jnp.float32),
+        compute_dtype=jnp.bfloat16,
+    )
+    _, estimate = grad_fn(key, PARAMS, STATE)
+    assert jnp.isnan(estimate.hess["a"]).all()
+
+
+@pytest.mark.parametrize("value", [jnp.int32, "wide", 16])
+def test_compute_dtype_must_be_a_float(value):
+    message = "`compute_dtype` must be a floating-point dtype such as `jnp.bfloat16`, "
+    with pytest.raises(TypeError, match=re.escape(f"{message}got {value!r}.")):
+        ivon_jax.value_and_grad(loss_fn, compute_dtype=value)
+
+
+@pytest.mark.parametrize("options", [{"mc_samples": 2}, {"microbatches": 2}])
+def test_python_numbers_are_aux(options, key):
+    """They come back as arrays, as from `jax.jit`."""
+
+    def loss(theta, x):
+        return loss_fn(theta, x), {"count": 3, "rate": 0.5}
+
+    grad_fn = ivon_jax.value_and_grad(loss, has_aux=True, **options)
+    (_, aux), _ = grad_fn(key, PARAMS, STATE, BATCH)
+    assert aux == {"count": 3, "rate": 0.5}
 
 
 def test_point_masses_have_a_gradient_and_no_hessian(key):
