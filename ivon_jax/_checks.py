@@ -349,6 +349,12 @@ def batch_size(args):
     return lengths.pop()
 
 
+def has_axis(name, axis_name):
+    """Reject what is about several devices where there is no axis of them."""
+    if axis_name is None:
+        raise ValueError(f"`{name}` needs `axis_name`, the axis to reduce over.")
+
+
 def axis_index(axis_name):
     """Return this device's index along a mapped axis."""
     try:

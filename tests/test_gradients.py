@@ -304,6 +304,34 @@ def test_compute_dtype_must_be_a_float(value):
         ivon_jax.value_and_grad(loss_fn, compute_dtype=value)
 
 
+def test_hessian_estimates_are_summed_in_the_dtype_asked_for(key):
+    """Each summand is rounded to 2**-8 of itself; gradients are not."""
+
+    def over_axis(**options):
+        grad_fn = ivon_jax.value_and_grad(loss_fn, axis_name="data", **options)
+        in_axes = (None, None, None, 0)
+        return jax.vmap(grad_fn, in_axes, axis_name="data")
+
+    args = key, PARAMS, STATE, BATCH.reshape(4, 3, 5)
+    low = over_axis(hess_reduce_dtype=jnp.bfloat16)
+    _, exact = over_axis()(*args)
+    _, result = low(*args)
+    chex.assert_trees_all_equal(result.grad, exact.grad)
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(exact.hess))
+    chex.assert_trees_all_close(result.hess, exact.hess, atol=20 * scale * 2.0**-8)
+    assert any(
+        bool((x != y).any())
+        for x, y in zip(*map(jax.tree.leaves, (result.hess, exact.hess)), strict=True)
+    )
+    assert {x.dtype for x in jax.tree.leaves(result)} == {jnp.dtype(jnp.float32)}
+
+
+def test_a_reduction_needs_an_axis():
+    message = "`hess_reduce_dtype` needs `axis_name`, the axis to reduce over."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ivon_jax.value_and_grad(loss_fn, hess_reduce_dtype=jnp.bfloat16)
+
+
 @pytest.mark.parametrize("options", [{"mc_samples": 2}, {"microbatches": 2}])
 def test_python_numbers_are_aux(options, key):
     """They come back as arrays, as from `jax.jit`."""

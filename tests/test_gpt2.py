@@ -1,0 +1,303 @@
+"""The GPT-2 example: the network, its data, its meshes, processes and checkpoints."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPT, TEXT = ROOT / "examples" / "gpt2.py", ROOT / "LICENSE"
+sys.path.append(str(SCRIPT.parent))
+import gpt2  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("implicit_ranks", "standard_promotion")
+TOY = (
+    "--data text.txt --steps 20 --warmup 4 --batch_size 8 --block 16 --ivon_lr 1 "
+    "--ivon_hess_init 0.1 --ivon_ess 1e5 --eval_every 10 --eval_batches 1 "
+    "--num_samples 1 --checkpoint_every 5 --max_to_keep 4 --write 1 "
+    "--heartbeat_seconds 10"
+)
+
+
+def configure(flags=TOY, **changes):
+    return dataclasses.replace(gpt2.parse_args(shlex.split(flags)), **changes)
+
+
+def shapes(config, vocabulary):
+    """The network's definition, and its parameters as shapes alone."""
+    create = functools.partial(gpt2.GPT, config, vocabulary)
+    return nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [("small", 124_373_760), ("medium", 354_599_936), ("large", 773_582_080)],
+)
+def test_sizes_are_those_of_the_paper(size, count):
+    """Embeddings V w + T w, L layers of 12 w^2 + 2 w, and the last norm's w."""
+    params = shapes(configure(f"--size {size}"), 50304)[1]
+    assert sum(x.size for x in jax.tree.leaves(params)) == count
+
+
+def test_no_token_sees_those_after_it():
+    config = configure(dtype="float32")
+    graphdef, params = nnx.split(gpt2.GPT(config, 256, nnx.Rngs(0)))
+    tokens = jnp.arange(16)[None]
+    logits = nnx.merge(graphdef, params)(tokens)
+    changed = nnx.merge(graphdef, params)(tokens.at[0, 9:].set(7))
+    np.testing.assert_array_equal(logits[:, :9], changed[:, :9])
+    assert np.abs(logits - changed)[:, 9:].max() > 0.01
+
+
+@pytest.mark.parametrize("optimizer", ["ivon", "adamw"])
+def test_vectors_are_not_decayed(optimizer):
+    """With no gradient and h_hat = h, what moves is what decays."""
+    config = configure(
+        optimizer=optimizer,
+        ivon_weight_decay=0.1,
+        ivon_clip_radius=1.0,
+        warmup=0,
+    )
+    params = nnx.state(gpt2.GPT(config, 256, nnx.Rngs(0)))
+    tx = gpt2.create_optimizer(config)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    extra = {"hess": zeros} if optimizer == "ivon" else {}
+    updates, _ = tx.update(zeros, tx.init(params), params, **extra)
+    moved = {
+        jax.tree_util.keystr(path): bool(jnp.any(x))
+        for path, x in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    assert {name for name, moves in moved.items() if not moves} == {
+        name for name in moved if "norm" in name
+    }
+
+
+PEAKS = {}
+
+
+def buffers(optimizer, dtype):
+    """Peak memory of a compiled step, in parameters; tokens enough to matter."""
+    if (optimizer, dtype) not in PEAKS:
+        config = configure(optimizer=optimizer, dtype=dtype, block=128, batch_size=4)
+        mesh = gpt2.create_mesh("")
+        with jax.set_mesh(mesh):
+            graphdef, params = shapes(config, 2048)
+            tx = gpt2.create_optimizer(config)
+            loss_fn = gpt2.create_losses(graphdef)[0]
+            step = gpt2.create_train_step(loss_fn, tx, config, mesh)
+            tokens = jax.ShapeDtypeStruct((4, 129), jnp.int32)
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            args = params, jax.eval_shape(tx.init, params), tokens, key
+            compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+        used = compiled.memory_analysis()
+        peak = used.argument_size_in_bytes + used.temp_size_in_bytes
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+        PEAKS[optimizer, dtype] = peak / size
+    return PEAKS[optimizer, dtype]
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1.15), ("bfloat16", 0.0)])
+def test_ivon_needs_theta_beside_what_adamw_needs(dtype, allowed):
+    """One array of parameters; in bfloat16 theta takes the place of AdamW's cast."""
+    assert buffers("ivon", dtype) - buffers("adamw", dtype) <= allowed
+
+
+def test_batches_depend_on_the_step_alone():
+    config = configure()
+    mesh = gpt2.create_mesh("")
+    tokens = gpt2.Tokens(np.arange(1000, dtype=np.uint8), config, mesh)
+    first, again, other = (np.asarray(tokens.random(step)) for step in (3, 3, 4))
+    assert first.shape == (8, 17)
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_token_binaries_are_read_as_nanogpt_writes_them(tmp_path):
+    for name, count in (("train", 100), ("val", 50)):
+        np.arange(count, dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
+    train, validation, vocabulary = gpt2.load_data(configure(data=str(tmp_path)))
+    assert (len(train), len(validation), vocabulary) == (100, 50, 50304)
+    assert isinstance(train, np.memmap)
+
+
+def test_validation_text_is_held_out(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(range(200)) * 5)
+    train, validation, _ = gpt2.load_data(configure(data=str(path)))
+    assert (len(train), len(validation)) == (950, 50)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data missing.txt", "`--data` must be a text file, or a folder"),
+        ("--data .", "`--data` must be a text file, or a folder"),
+        ("--data short.txt", "too few for sequences of `--block` 16"),
+        ("--mesh rows=1", "`--mesh` must be sizes of data, fsdp, model"),
+        ("--mesh data=7", "whose product is the number of devices, 1"),
+        ("--microbatches 3", "`--batch_size` must be a multiple of `--microbatches` 3"),
+    ],
+)
+def test_bad_flags_are_clear_errors(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_bytes(bytes(4000))
+    (tmp_path / "short.txt").write_bytes(bytes(20))
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        gpt2.run(configure(f"{TOY} {flags}"))
+
+
+def start(folder, flags):
+    """The example in a process of its own, in `folder`."""
+    (folder / "text.txt").write_bytes(TEXT.read_bytes())
+    command = [sys.executable, SCRIPT, *shlex.split(f"{TOY} {flags}")]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=folder, stdout=pipe, stderr=pipe, text=True, env=env
+    )
+
+
+def finish(*processes):
+    """What they printed, once they have ended well."""
+    outputs = [process.communicate(timeout=300) for process in processes]
+    for process, (_, stderr) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, stderr
+    return outputs
+
+
+def start_two(folder, flags=""):
+    """Two processes of four devices, joined through a free port."""
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        port = sock.getsockname()[1]
+    joined = f"--distributed localhost:{port} --num_processes 2 --cpu_devices 4"
+    return [start(folder, f"{joined} --process_id {i} {flags}") for i in range(2)]
+
+
+def state(folder, step=20):
+    """The arrays of a checkpoint, on whatever devices it was written."""
+    path = folder / "checkpoints" / "gpt2" / str(step) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(path).item_metadata.tree
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        args = ocp.args.PyTreeRestore(restore_args=args)
+        return jax.tree.leaves(reader.restore(path, args=args))
+
+
+def assert_same(folder, other):
+    """To float32 rounding over twenty steps; they move the parameters by 1e-3 each."""
+    for x, y in zip(state(folder), state(other), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def copy(folder, tmp_path, *steps):
+    """A folder with some of the checkpoints of another one."""
+    for step in steps:
+        path = pathlib.Path("checkpoints", "gpt2", str(step))
+        shutil.copytree(folder / path, tmp_path / path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """A run on eight devices, that share parameters and batch in three ways."""
+    folder = tmp_path_factory.mktemp("eight")
+    finish(start(folder, "--cpu_devices 8 --mesh data=2,fsdp=2,model=2"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "flags", ["--cpu_devices 4 --mesh fsdp=4", "--cpu_devices 1"], ids=["four", "one"]
+)
+def test_a_checkpoint_of_eight_devices_continues_on_fewer(flags, eight, tmp_path):
+    folder = copy(eight, tmp_path, 10)
+    [(stdout, _)] = finish(start(folder, flags))
+    assert_same(folder, eight)
+    assert "| IVON@mean |" in stdout
+
+
+def test_two_processes_of_four_devices_are_one_of_eight(eight, tmp_path):
+    flags = "--mesh data=2,fsdp=2,model=2"
+    (stdout, _), (other, _) = finish(*start_two(tmp_path, flags))
+    assert_same(tmp_path, eight)
+    assert "| IVON@mean |" in stdout
+    assert "IVON" not in other
+
+
+@pytest.mark.parametrize("lost", [0, 1], ids=["coordinator", "worker"])
+def test_a_lost_process_ends_the_other_and_nothing_saved_is_lost(lost, eight, tmp_path):
+    """Soon, with an error that says so; started again, they end as if never lost."""
+    processes = start_two(tmp_path)
+    folder = tmp_path / "checkpoints" / "gpt2"
+    while not any(path.name.isdigit() for path in folder.glob("*")):
+        assert processes[lost].poll() is None, processes[lost].communicate()
+        time.sleep(0.05)
+    processes[lost].kill()
+    begin = time.monotonic()
+    _, stderr = processes[1 - lost].communicate(timeout=60)
+    processes[lost].communicate()
+    assert time.monotonic() - begin < 40  # the heartbeat's 10 seconds, and rest
+    assert processes[1 - lost].returncode != 0
+    assert re.search("another task died|has lost another one", stderr), stderr
+    if lost:
+        finish(*start_two(tmp_path))
+        assert_same(tmp_path, eight)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    damage, eight, tmp_path
+):
+    folder = copy(eight, tmp_path, 10, 15)
+    path = folder / "checkpoints" / "gpt2" / "15"
+    damage_largest_file(path, damage)
+    [(_, stderr)] = finish(start(folder, "--cpu_devices 2"))
+    assert f"The checkpoint {path} is damaged: " in stderr
+    assert_same(folder, eight)
+    assert path.with_name("damaged_15").exists()
+
+
+def damage_largest_file(path, damage):
+    """Of the arrays' files."""
+    files = (file for file in (path / "state").rglob("*") if file.is_file())
+    file = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+def test_no_intact_checkpoint_is_an_error_that_touches_none(eight, tmp_path):
+    folder = copy(eight, tmp_path, 15)
+    path = folder / "checkpoints" / "gpt2" / "15"
+    damage_largest_file(path, "truncated")
+    process = start(folder, "")
+    _, stderr = process.communicate()
+    assert process.returncode == 1
+    assert f"No checkpoint in {path.parent} is intact." in stderr
+    assert "Traceback" not in stderr
+    assert path.exists()
+
+
+def test_replicas_with_samples_of_their_own_train_sharded_parameters(tmp_path):
+    """The hybrid mesh: noise by data index, parameters over the other axes."""
+    flags = "--cpu_devices 8 --mesh data=2,fsdp=2,model=2 --noise replica"
+    [(stdout, _)] = finish(start(tmp_path, flags))
+    perplexity = float(re.search(r"IVON@mean \| +([\d.]+)", stdout).group(1))
+    assert perplexity < 200  # of 256
