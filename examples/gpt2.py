@@ -82,6 +82,11 @@ PRESETS = {
         block=128,
         eval_every=100,
         dtype="float32",
+        ivon_lr=3.0,
+        ivon_b1=0.7,
+        ivon_hess_init=0.03,
+        ivon_ess=1e8,
+        adamw_lr=0.01,
     ),
     "small": dict(ivon_lr=0.3, microbatches=24),
     "medium": dict(ivon_lr=0.2, microbatches=40),
@@ -121,7 +126,7 @@ class Config:
     optimizer: str = "ivon"
     data: str = ""  # a text, or a folder with train.bin and val.bin; or the library
     steps: int = 100_000
-    warmup: int = 2000  # steps
+    warmup: int = 2000  # steps, at most a tenth of them
     batch_size: int = 480  # sequences a step, over all devices
     microbatches: int = 24  # parts of the batch, one after the other; each has noise
     block: int = 1024  # tokens in a sequence
@@ -130,10 +135,12 @@ class Config:
     ivon_lr: float = 0.3
     ivon_ess: float = 1e10
     ivon_hess_init: float = 1e-3
+    ivon_b1: float = 0.9
     ivon_b2: float = 0.99999
     ivon_clip_radius: float = 1e-3
     ivon_weight_decay: float = 1e-6
     adamw_lr: float = 6e-4
+    adamw_b1: float = 0.9
     adamw_b2: float = 0.95
     adamw_weight_decay: float = 0.1
     max_norm: float = 1.0  # of gradients, for both
@@ -300,6 +307,7 @@ def create_optimizer(config):
             learning_rate=schedule(config.ivon_lr, config),
             ess=config.ivon_ess,
             hess_init=config.ivon_hess_init,
+            b1=config.ivon_b1,
             b2=config.ivon_b2,
             clip_radius=config.ivon_clip_radius,
             rescale_lr=False,
@@ -311,6 +319,7 @@ def create_optimizer(config):
         return optax.partition(groups, kinds)
     adamw = optax.adamw(
         schedule(config.adamw_lr, config),
+        b1=config.adamw_b1,
         b2=config.adamw_b2,
         weight_decay=config.adamw_weight_decay,
         mask=lambda params: jax.tree.map(lambda kind: kind == "matrix", kinds(params)),
@@ -330,7 +339,8 @@ def kinds(params):
 
 def schedule(peak, config):
     """Return a warm-up from zero and a cosine to zero."""
-    return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup, config.steps)
+    warmup = min(config.warmup, config.steps // 10)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, config.steps)
 
 
 def create_grad_fn(loss_fn, config, mesh):
