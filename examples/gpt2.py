@@ -1,17 +1,18 @@
 """Train GPT-2 from scratch with IVON or AdamW, on one device, a pod, or many hosts.
 
     python examples/gpt2.py                        # tiny, on Python's own source code
-    python examples/gpt2.py --optimizer adamw
-    python examples/gpt2.py --data shakespeare.txt # any text, byte by byte
+    python examples/gpt2.py --optimizer adamw --checkpoint_dir checkpoints/adamw
+    python examples/gpt2.py --data shakespeare.txt --checkpoint_dir checkpoints/shakes
     python examples/gpt2.py --size small --data openwebtext    # GPT-2 124M, the paper's
 
-The last line is the paper's run (section 4.1.1): 124M parameters (`--size medium` and
-`large` are 355M and 773M) without biases, in bfloat16 over float32 parameters, 100,000
-steps of 480 sequences of 1,024 tokens, cut into micro-batches with noise of their own,
-whose gradients are clipped to norm 1 before the product with it. Learning rates are the
-paper's, not rescaled (its scripts have 300 instead of 0.3, times hess_init 0.001), ess
-is 1e10 as in its scripts. `--data` is a folder with `train.bin` and `val.bin`, tokens
-as nanoGPT writes them. The tiny network has learning rates of its own grid.
+Any text does, byte by byte. The last line is the paper's run (section 4.1.1): 124M
+parameters (`--size medium` and `large` are 355M and 773M) without biases, in bfloat16
+over float32 parameters, 100,000 steps of 480 sequences of 1,024 tokens, cut into
+micro-batches with noise of their own, whose gradients are clipped to norm 1 before the
+product with it. Learning rates are the paper's, not rescaled (its scripts have 300
+instead of 0.3, times hess_init 0.001), ess is 1e10 as in its scripts. `--data` is a
+folder with `train.bin` and `val.bin`, tokens as nanoGPT writes them. The tiny network
+has learning rates of its own grid.
 
 Many devices: `--mesh data=4,fsdp=2,model=2` for 16. "data" is replicas, "fsdp" cuts
 batch and parameters, "model" cuts the layers (tensor parallel). With `--noise replica`
@@ -42,6 +43,7 @@ import pathlib
 import sys
 import sysconfig
 import time
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +101,17 @@ CHOICES = {
     "noise": ("shared", "replica"),
     "dtype": ("float32", "bfloat16"),
 }
+COUNTS = (
+    "steps",
+    "batch_size",
+    "microbatches",
+    "block",
+    "eval_every",
+    "eval_batches",
+    "num_samples",
+    "checkpoint_every",
+    "max_to_keep",
+)
 # These may differ between a checkpoint and the run that continues from it.
 FREE = (
     "mesh",
@@ -232,15 +245,16 @@ def create_mesh(text):
     """Return the mesh of a text such as ``data=4,model=2``."""
     if text:
         pairs = [pair.partition("=") for pair in text.split(",")]
-        sizes = {name: int(n) if n.isdigit() else 0 for name, _, n in pairs}
+        sizes = {name.strip(): int(n) if n.isdigit() else 0 for name, _, n in pairs}
+        twice = len(sizes) < len(pairs)
     else:
-        sizes = {"data": jax.device_count()}
+        sizes, twice = {"data": jax.device_count()}, False
     count = math.prod(sizes.values())
-    if set(sizes) - set(AXES) or count != jax.device_count():
+    if twice or set(sizes) - set(AXES) or count != jax.device_count():
         sys.exit(
-            f"`--mesh` must be sizes of {', '.join(AXES)} whose product is the number "
-            f"of devices, {jax.device_count()}, such as data={jax.device_count()}. Got "
-            f"{text!r}."
+            f"`--mesh` must be sizes of {', '.join(AXES)}, each once, whose product is "
+            f"the number of devices, {jax.device_count()}, such as "
+            f"data={jax.device_count()}. Got {text!r}."
         )
     shape = [sizes.get(name, 1) for name in AXES]
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -249,10 +263,19 @@ def create_mesh(text):
 def parameter_shardings(params, mesh):
     """Return a tree like `params` of where each array lies."""
 
-    def sharding(path, _):
+    def sharding(path, x):
         names = [str(getattr(entry, "key", "")) for entry in path]
         specs = [PARAMETER_AXES[name] for name in names if name in PARAMETER_AXES]
-        return NamedSharding(mesh, specs[0] if specs else P())
+        result = NamedSharding(mesh, specs[0] if specs else P())
+        try:
+            result.shard_shape(x.shape)
+        except ValueError:
+            sys.exit(
+                f"`--mesh` cannot cut {'/'.join(names)}, of shape {x.shape}, along "
+                f"{result.spec} with {dict(mesh.shape)}. Take a size of model that "
+                "divides the heads, and one of fsdp that divides the width."
+            )
+        return result
 
     return jax.tree_util.tree_map_with_path(sharding, params)
 
@@ -272,8 +295,8 @@ def batch_sharded(x):
 class Tokens:
     """A long array of tokens, and batches of it that depend on the step alone."""
 
-    def __init__(self, array, config, mesh):
-        self.array, self.config = array, config
+    def __init__(self, array, vocabulary, config, mesh):
+        self.array, self.vocabulary, self.config = array, vocabulary, config
         self.sharding = NamedSharding(mesh, P(("data", "fsdp")))
 
     def random(self, step):
@@ -293,8 +316,13 @@ class Tokens:
         length = self.config.block + 1
 
         def rows(index):
-            slices = [self.array[i : i + length] for i in starts[index[0]]]
-            return np.stack(slices).astype(np.int32)
+            slices = np.stack([self.array[i : i + length] for i in starts[index[0]]])
+            if slices.max() >= self.vocabulary:
+                sys.exit(
+                    f"`--data` must have tokens below {self.vocabulary}, GPT-2's, got "
+                    f"{slices.max()}."
+                )
+            return slices.astype(np.int32)
 
         shape = len(starts), length
         return jax.make_array_from_callback(shape, self.sharding, rows)
@@ -514,7 +542,9 @@ def posterior_perplexities(state, probs_fn, validation, config, key):
 
 def identify(config, train):
     """Return what a checkpoint must agree on to be continued."""
-    fields = dataclasses.asdict(config) | {"data": f"{len(train.array)} tokens"}
+    crc = zlib.crc32(train.array[:1_000_000].tobytes())
+    data = f"{len(train.array)} tokens of CRC-32 {crc:08x}"
+    fields = dataclasses.asdict(config) | {"data": data}
     return {name: value for name, value in fields.items() if name not in FREE}
 
 
@@ -551,24 +581,17 @@ def restore(manager, state, identity):
     damaged = []
     for step in sorted(manager.all_steps(), reverse=True):
         path = manager.directory / str(step)
-        restored, record, reason = agreed(path, state)
-        if reason:
-            print(f"The checkpoint {path} is damaged: {reason}", file=sys.stderr)
-            damaged.append(path)
-            continue
-        differences = [
-            f"`{name}` is {record['config'].get(name)} there and {value} here"
-            for name, value in identity.items()
-            if record["config"].get(name) != value
-        ]
-        if differences:
-            sys.exit(
-                f"The checkpoint {path} is of another configuration: "
-                f"{', '.join(differences)}. Pass the same flags and data, or another "
-                "`--checkpoint_dir`, or delete that folder."
-            )
-        set_aside(manager, damaged)
-        return restored, record["log"], step
+        record, reason = agreed(lambda path=path: read_record(path))
+        if not reason:
+            check_configuration(path, record["config"], identity)
+            restored, reason = agreed(lambda path=path: read_state(path, state))
+        if not reason and int(checksum(restored)) != record["checksum"]:
+            reason = "its bits do not add up to its checksum."
+        if not reason:
+            set_aside(manager, damaged)
+            return restored, record["log"], step
+        print(f"The checkpoint {path} is damaged: {reason}", file=sys.stderr)
+        damaged.append(path)
     if damaged:
         sys.exit(
             f"No checkpoint in {manager.directory} is intact. To start again, pass "
@@ -577,41 +600,58 @@ def restore(manager, state, identity):
     return state, [], 0
 
 
-def agreed(path, state):
-    """Return what `read` does, and why not all processes can use it, if they can't."""
+def check_configuration(path, config, identity):
+    """Stop where this run is another one than that of the checkpoint."""
+    differences = [
+        f"`{name}` is {config.get(name)} there and {value} here"
+        for name, value in identity.items()
+        if config.get(name) != value
+    ]
+    if differences:
+        sys.exit(
+            f"The checkpoint {path} is of another configuration: "
+            f"{', '.join(differences)}. Pass the same flags and data, or another "
+            "`--checkpoint_dir`, or delete that folder."
+        )
+
+
+def agreed(read):
+    """Return ``read()``, and why not all processes could, if they couldn't."""
     try:
-        restored, record, reason = *read(path, state), ""
+        value, reason = read(), ""
     except Exception as error:  # there are many ways to be damaged
-        restored, record, reason = state, {}, str(error).partition("\n")[0]
-        reason = reason or repr(error)
+        value, reason = None, str(error).partition("\n")[0] or repr(error)
     if not multihost_utils.process_allgather(np.array(not reason)).all():
-        return restored, record, reason or "another process cannot read it."
-    if int(checksum(restored)) != record["checksum"]:
-        reason = "its bits do not add up to its checksum."
-    return restored, record, reason
+        reason = reason or "another process cannot read it."
+    return value, reason
 
 
-def read(path, state):
-    """Return state and record of one checkpoint, or raise.
+def read_record(path):
+    """Return configuration, log and checksum of one checkpoint, or raise."""
+    reader = alone(ocp.JsonCheckpointHandler)
+    return reader.restore(path / "record", args=ocp.args.JsonRestore())
 
-    Every process reads for itself, without waiting for the others: should one of them
-    fail, they would wait forever.
-    """
+
+def read_state(path, state):
+    """Return the state of one checkpoint, or raise."""
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
+    reader = alone(ocp.StandardCheckpointHandler)
+    return reader.restore(path / "state", args=ocp.args.StandardRestore(like))
+
+
+def alone(handler):
+    """Return a reader that doesn't wait for other processes.
+
+    Should one of them fail, the others would wait forever.
+    """
     me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
+    options = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me)
     )
-    kwargs = dict(multiprocessing_options=alone)
-    handlers = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
-    state_reader, json_reader = (
-        ocp.Checkpointer(h(**kwargs), **kwargs) for h in handlers
-    )
-    record = json_reader.restore(path / "record", args=ocp.args.JsonRestore())
-    like = ocp.args.StandardRestore(like)
-    return state_reader.restore(path / "state", args=like), record
+    kwargs = dict(multiprocessing_options=options)
+    return ocp.Checkpointer(handler(**kwargs), **kwargs)
 
 
 def set_aside(manager, damaged):
@@ -648,7 +688,7 @@ def write_text(graphdef, params, prompt, config, key):
 def load_data(config):
     """Return tokens to train on, tokens to validate on, and their vocabulary's size."""
     try:
-        if pathlib.Path(config.data or "none").is_dir():
+        if config.data and pathlib.Path(config.data).is_dir():
             splits, vocabulary = token_binaries(config.data), 50304
         else:
             texts = text_file(config.data) if config.data else library()
@@ -742,7 +782,11 @@ def parse_args(args=None):
             choices=CHOICES.get(field.name),
         )
     flags = vars(parser.parse_args(args))
-    return Config(**PRESETS[flags.get("size", Config.size)] | flags)
+    config = Config(**PRESETS[flags.get("size", Config.size)] | flags)
+    for name in COUNTS:
+        if getattr(config, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(config, name)}.")
+    return config
 
 
 def start_processes(config):
@@ -751,7 +795,13 @@ def start_processes(config):
         jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     kwargs = dict(heartbeat_timeout_seconds=config.heartbeat_seconds)
     if config.distributed == "auto":
-        jax.distributed.initialize(**kwargs)
+        try:
+            jax.distributed.initialize(**kwargs)
+        except ValueError as error:
+            sys.exit(
+                f"`--distributed auto` finds no cluster that JAX knows: {error} Pass "
+                "HOST:PORT, `--num_processes` and `--process_id`."
+            )
     elif config.distributed:
         jax.distributed.initialize(
             config.distributed, config.num_processes, config.process_id, **kwargs
@@ -762,7 +812,7 @@ def run(config):
     """Train, or finish training; return rows of the table, log and averages."""
     mesh = create_mesh(config.mesh)
     train, validation, vocabulary = load_data(config)
-    data = Tokens(train, config, mesh), Tokens(validation, config, mesh)
+    data = [Tokens(array, vocabulary, config, mesh) for array in (train, validation)]
     keys = jax.random.split(jax.random.key(config.seed), 4)
     init_key, train_key, predict_key, write_key = keys
     with jax.set_mesh(mesh), checkpoints(config) as manager:
