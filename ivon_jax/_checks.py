@@ -364,3 +364,415 @@ def axis_index(axis_name):
             f"`axis_name` must be bound by a map around the call, got {axis_name!r}. "
             "Call inside `jax.shard_map` or `jax.pmap` with that axis name."
         ) from None
+
+
+def natural_parameters(natural):
+    """Reject what is of no Gaussian: the quadratic ones are negative."""
+    structure = jax.tree.structure(natural.linear)
+    try:
+        leaves = structure.flatten_up_to(natural.quadratic)
+    except ValueError:
+        raise ValueError(
+            "`natural.quadratic` must have the tree structure of `natural.linear`, got"
+            f"\n{jax.tree.structure(natural.quadratic)}\nwhere `natural.linear` has\n"
+            f"{structure}."
+        ) from None
+    for leaf in leaves:
+        values = None if leaf is None else _values(leaf)
+        if values is not None and not np.all(values < 0):
+            raise ValueError(
+                "`natural.quadratic` must be negative, -1 / (2 variance), got "
+                f"{values.max()}. Was more taken out than was there?"
+            )
+
+
+def mask_of(name, mask, tree):
+    """Return a tree of booleans like `tree` from one that may be a prefix of it."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
+        if not isinstance(leaf, (bool, np.bool_)):
+            raise TypeError(
+                f"`{name}` must have leaves True or False, got {leaf!r} at "
+                f"{name}{jax.tree_util.keystr(path)}."
+            )
+    try:
+        return jax.tree.map(lambda k, t: jax.tree.map(lambda _: k, t), mask, tree)
+    except ValueError:
+        raise ValueError(
+            f"`{name}` must be a tree prefix of the posterior's mean, got\n"
+            f"{jax.tree.structure(mask)}\nwhere the mean has\n"
+            f"{jax.tree.structure(tree)}."
+        ) from None
+
+
+def one_prior(prior, posterior_type, weight_decay, default):
+    """Reject a prior that is no Gaussian, or two priors."""
+    if prior is None:
+        return
+    if not isinstance(prior, posterior_type):
+        raise TypeError(
+            f"`prior` must be a Posterior, got {type(prior).__name__}. Pass "
+            "`ivon_jax.posterior(params, opt_state)`, or around weights "
+            "`ivon_jax.Posterior.isotropic(weights, ess * weight_decay)`."
+        )
+    if isinstance(weight_decay, float) and weight_decay != default:
+        raise ValueError(
+            f"`weight_decay` must be left out where `prior` is given, got "
+            f"{weight_decay}. To narrow the prior, use `prior.tempered(temperature)`."
+        )
+
+
+def prior_precision(precision, params):
+    """Return the prior's precision where `params` are, non-negative, nowhere None."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)
+    try:
+        values = structure.flatten_up_to(precision)
+    except ValueError:
+        leaves = values = []  # another tree: `like` will say so
+    for (path, param), value in zip(leaves, values, strict=True):
+        where = f"prior.precision{jax.tree_util.keystr(path)}"
+        if value is None and not is_masked(param):
+            raise ValueError(
+                "`prior.precision` must be an array for each parameter that IVON "
+                f"trains, got None at {where}: it could never move. Leave it out with "
+                "`optax.masked`."
+            )
+        non_negative_array(where, None if is_masked(param) else value)
+    return like("prior.precision", precision, "`params`", params)
+
+
+def non_negative_array(name, array):
+    """Reject concrete values that are negative, infinite or NaN."""
+    values = None if array is None else _values(jnp.asarray(array))
+    if values is not None and not (np.all(values >= 0) and np.all(values < np.inf)):
+        raise ValueError(
+            f"`{name}` must be non-negative and finite, got {values.min()} to "
+            f"{values.max()}."
+        )
+
+
+def gaussian(name, value, posterior_type):
+    """Reject what has no divergence to another Gaussian in closed form."""
+    if not isinstance(value, posterior_type):
+        raise TypeError(
+            f"`{name}` must be a Posterior, one Gaussian, got {type(value).__name__}. "
+            f"Pass `ivon_jax.{name}(params, opt_state)`."
+        )
+
+
+def one_loss(value):
+    """Return a loss that is a scalar and nothing else."""
+    if isinstance(value, (tuple, list, dict)):
+        raise TypeError(
+            "`loss_fn` must return a scalar, the mean loss per example, got "
+            f"{type(value).__name__}. Drop what it returns besides."
+        )
+    if jnp.shape(value) != ():
+        raise ValueError(
+            "`loss_fn` must return a scalar, the mean loss per example, got shape "
+            f"{jnp.shape(value)}. Take its mean."
+        )
+    return value
+
+
+def number_of_examples(**trees):
+    """Return the one length of the first axes of all arrays in these arguments."""
+    count = None
+    for name, tree in trees.items():
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        if not leaves:
+            raise ValueError(f"`{name}` must have at least one array, got {tree!r}.")
+        for path, array in leaves:
+            where = f"at {name}{jax.tree_util.keystr(path)}" if path else "of it"
+            if not array.shape or not array.shape[0]:
+                raise ValueError(
+                    f"`{name}` must have one or more examples along the first axis of "
+                    f"every array, got shape {array.shape} {where}."
+                )
+            count = count or array.shape[0]
+            if array.shape[0] != count:
+                raise ValueError(
+                    f"`{name}` must have {count} examples along the first axis of "
+                    f"every array, as the first of `{next(iter(trees))}`, got shape "
+                    f"{array.shape} {where}."
+                )
+    return count
+
+
+def one_array(name, value):
+    """Return the one array that a function must have returned."""
+    if not hasattr(value, "shape"):
+        raise TypeError(
+            f"`{name}` must be one array, got {type(value).__name__}. Return the "
+            "predictions alone."
+        )
+    return value
+
+
+def outputs_of_one(output):
+    """Return the number of outputs, of what `fn` returned for a batch of one."""
+    one_array("fn(theta, x)", output)
+    if output.ndim != 2 or output.shape[0] != 1 or not output.shape[1]:
+        raise ValueError(
+            "`fn(theta, x)` must have shape (N, C), C outputs for each of N examples, "
+            f"got shape {output.shape} for a batch of one."
+        )
+    if not jnp.issubdtype(output.dtype, jnp.floating):
+        raise TypeError(
+            f"`fn(theta, x)` must be floating-point, got dtype {output.dtype}. Return "
+            "logits, not classes."
+        )
+    return output.shape[1]
+
+
+def labels_of_examples(name, y, count, num_classes):
+    """Reject what are no class indices, one for each of `count` examples."""
+    one_array(name, y)
+    if jnp.issubdtype(y.dtype, jnp.integer) and y.shape != (count,):
+        raise ValueError(
+            f"`{name}` must have shape {(count,)}, one label for each example, got "
+            f"{y.shape}."
+        )
+    labels(name, y, jax.ShapeDtypeStruct((count, num_classes), jnp.float32))
+
+
+def loss_of_example(value):
+    """Reject a loss that is no scalar for one example."""
+    if jnp.shape(one_array("loss(outputs, y)", value)) != ():
+        raise ValueError(
+            "`loss(outputs, y)` must be a scalar, the loss of one example, got shape "
+            f"{value.shape}. Sum it over the outputs."
+        )
+
+
+def members(posteriors, posterior_type):
+    """Reject what is no mixture: nothing, or Gaussians over several trees."""
+    if isinstance(posteriors, posterior_type):
+        lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(posteriors)}
+        if len(lengths) != 1 or lengths == {()}:
+            raise ValueError(
+                "`posteriors` must have one leading axis of members in every array, "
+                f"got lengths {sorted(lengths)}. Of one posterior, pass a list."
+            )
+        return
+    if not isinstance(posteriors, (list, tuple)):
+        raise TypeError(
+            "`posteriors` must be a list of posteriors, or a stacked one, got "
+            f"{type(posteriors).__name__}."
+        )
+    if not posteriors:
+        raise ValueError("`posteriors` must have at least one member, got none.")
+    for i, q in enumerate(posteriors):
+        if not isinstance(q, posterior_type):
+            raise TypeError(
+                f"`posteriors[{i}]` must be a posterior, got {type(q).__name__}. Pass "
+                "`ivon_jax.posterior(params, opt_state)`."
+            )
+        like(f"posteriors[{i}]", q, "`posteriors[0]`", posteriors[0])
+
+
+def some_entries(arrays):
+    """Reject parameters of which IVON trains none."""
+    if not sum(x.mean.size for x in arrays):
+        raise ValueError(
+            "`params` must have an entry that IVON trains, got none: its arrays are "
+            "empty, or all left out with `optax.masked`."
+        )
+
+
+def has_key(key):
+    """Reject samples without randomness."""
+    if key is None:
+        raise ValueError(
+            "`key` must be a JAX random key where `loss_fn` is given, got None. Pass "
+            "`key=jax.random.key(0)`, a new one for each call."
+        )
+
+
+def measured(name, value):
+    """Return a number of `diagnostics.measure` as a Python float."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"`numbers` must be known, got a tracer for {name!r}. Call "
+            "`diagnostics.advice` on what a jitted `diagnostics.measure` returned."
+        )
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"`numbers` must be scalars, those of one run, got shape {jnp.shape(value)}"
+            f" for {name!r}."
+        )
+    return float(value)
+
+
+def scores(name, value):
+    """Return numbers to rank, as floating-point ones."""
+    array = jnp.asarray(value)
+    if not any(jnp.issubdtype(array.dtype, k) for k in (jnp.floating, jnp.integer)):
+        raise TypeError(f"`{name}` must be real numbers, got dtype {array.dtype}.")
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return array.astype(float)
+    values = _values(array)
+    if values is not None and np.isnan(values).any():
+        raise ValueError(
+            f"`{name}` must be numbers, got NaN for {np.isnan(values).sum()} of "
+            f"{array.size}. Training diverged?"
+        )
+    return array
+
+
+def not_empty(name, *arrays):
+    """Reject arrays without a single entry."""
+    if not sum(array.size for array in arrays):
+        raise ValueError(f"`{name}` must have at least one entry, got none.")
+
+
+def list_of_trees(name, value, count=None):
+    """Reject what is no list of one tree for each model."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(
+            f"`{name}` must be a list of trees, one for each model, got "
+            f"{type(value).__name__}."
+        )
+    if not value:
+        raise ValueError(f"`{name}` must have at least one tree, got none.")
+    if count is not None and len(value) != count:
+        raise ValueError(
+            f"`{name}` must have one tree for each of the {count} models in "
+            f"`finetuned`, got {len(value)}."
+        )
+
+
+def floating_tree(name, tree):
+    """Reject a tree with arrays that no difference can be scaled of."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"`{name}` must be real floating-point arrays, got {dtype} at "
+                f"{name}{jax.tree_util.keystr(path)}. Pass the parameters alone."
+            )
+
+
+def scales(name, value, count):
+    """Return one finite number for each of `count` models."""
+    is_list = isinstance(value, (list, tuple))
+    if not is_list and not getattr(value, "ndim", 0):
+        return [_scalar(name, value)[0]] * count
+    length = len(value)
+    if length != count:
+        raise ValueError(
+            f"`{name}` must be one number, or one for each of the {count} models in "
+            f"`finetuned`, got {length}."
+        )
+    return [_scalar(f"{name}[{i}]", scale)[0] for i, scale in enumerate(value)]
+
+
+def curvature(name, hess, reference_name, reference):
+    """Return non-negative `hess` like `reference`, None for None or masked parts."""
+    if isinstance(hess, numbers.Real) or getattr(hess, "shape", None) == ():
+        number = non_negative(name, hess)
+        return jax.tree.map(lambda _: number, reference)
+
+    def unknown(node):
+        return node is None or is_masked(node)
+
+    def fill(h, part):
+        return part if unknown(h) else h
+
+    try:
+        whole = jax.tree.map(fill, hess, reference, is_leaf=unknown)
+    except ValueError:
+        whole = hess
+    like(name, whole, reference_name, reference)
+    for path, h in jax.tree_util.tree_leaves_with_path(hess):
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if not jnp.issubdtype(jnp.result_type(h), jnp.floating):
+            raise TypeError(
+                f"`{name}` must be real floating-point arrays, got "
+                f"{jnp.result_type(h)} at {where}."
+            )
+        values = _values(jnp.asarray(h))
+        if values is None or not values.size:
+            continue
+        if not (values.min() >= 0 and values.max() < np.inf):
+            bad = values.max() if values.min() >= 0 else values.min()
+            raise ValueError(
+                f"`{name}` must be non-negative and finite, got {bad} at {where}. "
+                "IVON's `h` may fall to minus the weight decay: use the precision of "
+                "`ivon_jax.posterior`, or `jnp.maximum(h, 0)`."
+            )
+    return jax.tree.map(
+        lambda h, part: jax.tree.map(lambda _: None, part) if unknown(h) else h,
+        hess,
+        reference,
+        is_leaf=unknown,
+    )
+
+
+def some_curvature(path, total):
+    """Reject a sum of Hessians that cannot be divided by."""
+    values = _values(total)
+    if values is not None and not (np.all(values > 0) and np.all(values < np.inf)):
+        bad = values.max() if np.all(values > 0) else values.min()
+        raise ValueError(
+            "`base_hessian` plus the sum of `hessians` must be positive and finite, "
+            f"got {bad} at base{jax.tree_util.keystr(path)}. Pass a positive "
+            "`base_hessian`, such as the prior's precision."
+        )
+
+
+def fraction(name, value):
+    """Return a scalar in [0, 1], as a Python float where it is known."""
+    scalar, number = _scalar(name, value)
+    if number is not None and not 0 <= number <= 1:
+        raise ValueError(f"`{name}` must be in [0, 1], got {value}.")
+    return scalar if number is None else number
+
+
+def fractions(name, value):
+    """Return numbers in [0, 1] along one axis."""
+    array = jnp.asarray(value, dtype=float)
+    if array.ndim != 1 or not array.size:
+        raise ValueError(
+            f"`{name}` must be a list of at least one number, got shape {array.shape}."
+        )
+    values = _values(array)
+    if values is not None and not (np.all(values >= 0) and np.all(values <= 1)):
+        bad = values.max() if np.all(values >= 0) else values.min()
+        raise ValueError(f"`{name}` must be in [0, 1], got {bad}.")
+    return array
+
+
+def some_precision(posterior):
+    """Reject a posterior with nothing to rank."""
+    if not jax.tree.leaves(posterior.precision):
+        raise ValueError(
+            "`posterior` must have a precision for some array, got point masses alone. "
+            "Was it made of the state of `ivon_jax.ivon`?"
+        )
+
+
+def keep_like(name, mask, reference_name, reference):
+    """Return booleans like `reference`; single ones hold for a whole array."""
+
+    def is_none(node):
+        return node is None
+
+    def whole(param, keep):
+        single = isinstance(keep, (bool, np.bool_)) or getattr(keep, "shape", 0) == ()
+        return param if param is None or single else keep
+
+    def kept(param, keep):
+        return None if param is None else keep
+
+    try:
+        filled = jax.tree.map(whole, reference, mask, is_leaf=is_none)
+    except ValueError:
+        filled = mask
+    like(name, filled, reference_name, reference)
+    for path, keep in jax.tree_util.tree_leaves_with_path(mask):
+        if jnp.result_type(keep) != jnp.bool_:
+            raise TypeError(
+                f"`{name}` must be booleans, True for what is kept, got "
+                f"{jnp.result_type(keep)} at {name}{jax.tree_util.keystr(path)}."
+            )
+    return jax.tree.map(kept, reference, mask, is_leaf=is_none)

@@ -8,6 +8,9 @@ import numpy as np
 import optax
 
 from . import _checks, _rules
+from ._gaussian import Posterior
+
+WEIGHT_DECAY = 1e-4
 
 
 class IVONState(NamedTuple):
@@ -18,6 +21,7 @@ class IVONState(NamedTuple):
     weight_decay: jax.Array  # (), default float dtype: delta
     momentum: optax.Updates  # shapes of params, float32 or wider: g
     hess: optax.Updates  # shapes of params, float32 or wider: h > -delta, per example
+    prior: Posterior | None  # shapes of params, float32 or wider; None: weight_decay's
 
 
 class Estimate(NamedTuple):
@@ -45,7 +49,8 @@ def scale_by_ivon(
     hess_init: jax.typing.ArrayLike = 1.0,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.99999,
-    weight_decay: jax.typing.ArrayLike = 1e-4,
+    weight_decay: jax.typing.ArrayLike = WEIGHT_DECAY,
+    prior: Posterior | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Turn gradients into the direction :math:`(\bar g + \delta m) / (h + \delta)`.
 
@@ -58,7 +63,9 @@ def scale_by_ivon(
       A transformation whose `update` takes ``sample=`` or ``hess=`` as `ivon`'s does.
       Its updates have the parameters' dtypes.
     """
-    return _in_params_dtype(_preconditioner(ess, hess_init, b1, b2, weight_decay))
+    return _in_params_dtype(
+        _preconditioner(ess, hess_init, b1, b2, weight_decay, prior)
+    )
 
 
 def ivon(
@@ -68,7 +75,8 @@ def ivon(
     hess_init: jax.typing.ArrayLike = 1.0,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.99999,
-    weight_decay: jax.typing.ArrayLike = 1e-4,
+    weight_decay: jax.typing.ArrayLike = WEIGHT_DECAY,
+    prior: Posterior | None = None,
     clip_radius: jax.typing.ArrayLike | None = None,
     rescale_lr: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -111,10 +119,17 @@ def ivon(
         average is over about ``1 / (1 - b2)`` steps.
       weight_decay: :math:`\delta`, per example: the prior's precision is
         ``ess * weight_decay``. Zero is an improper, flat prior.
+      prior: a Gaussian over the parameters in the place of `weight_decay`'s.
+        Yesterday's posterior makes training go on where it stopped (sequential Bayes);
+        ``Posterior.isotropic(pretrained, ess * weight_decay)`` fine-tunes towards
+        pretrained weights. `m` above becomes its distance from the prior's mean,
+        :math:`\delta` the prior's precision divided by :math:`\lambda`. `hess_init`
+        and `h` are of the new data alone. The state keeps a copy of it.
       clip_radius: :math:`\xi`, largest absolute value of an entry of the direction,
         before the learning rate; None does not clip. 1e-3 steadies transformers.
       rescale_lr: multiply the learning rate by ``hess_init + weight_decay``, so that
-        the first steps are as long as SGD's. The paper turns it off when clipping.
+        the first steps are as long as SGD's (with a `prior` by ``hess_init``, so that
+        they are shorter where it is narrow). The paper turns it off when clipping.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. ``update(grads, state, params)`` also
@@ -142,22 +157,24 @@ def ivon(
         learning_rate = _checks.non_negative("learning_rate", learning_rate)
     hess_init = _checks.positive("hess_init", hess_init)
     weight_decay = _checks.non_negative("weight_decay", weight_decay)
-    steps = [_preconditioner(ess, hess_init, b1, b2, weight_decay)]
+    steps = [_preconditioner(ess, hess_init, b1, b2, weight_decay, prior)]
     if clip_radius is not None:
         steps.append(optax.clip(_checks.positive("clip_radius", clip_radius)))
     if _checks.boolean("rescale_lr", rescale_lr):
-        steps.append(optax.scale(hess_init + weight_decay))
+        decay = weight_decay if prior is None else 0.0
+        steps.append(optax.scale(hess_init + decay))
     steps.append(optax.scale_by_learning_rate(learning_rate))
     return _in_params_dtype(optax.chain(*steps))
 
 
-def _preconditioner(ess, hess_init, b1, b2, weight_decay):
+def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior):
     """Algorithm 1 without its learning rate; directions are float32 or wider."""
     ess = _checks.positive("ess", ess)
     hess_init = _checks.positive("hess_init", hess_init)
     b1 = _checks.decay_rate("b1", b1)
     b2 = _checks.decay_rate("b2", b2)
     weight_decay = _checks.non_negative("weight_decay", weight_decay)
+    _checks.one_prior(prior, Posterior, weight_decay, WEIGHT_DECAY)
 
     def init(params):
         _checks.floating_leaves(params)
@@ -167,31 +184,62 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay):
             weight_decay=jnp.asarray(weight_decay, dtype=float),
             momentum=jax.tree.map(lambda p: _accumulator(p, 0.0), params),
             hess=jax.tree.map(lambda p: _accumulator(p, hess_init), params),
+            prior=None if prior is None else _prior_of(prior, params),
         )
 
     def update(grads, state, params=None, *, sample=None, hess=None, **extra_args):
         del extra_args
         estimate = _estimate(grads, state, params, sample, hess)
         count = optax.safe_increment(state.count)
+        state = state._replace(
+            count=count,
+            ess=jnp.asarray(ess, state.ess.dtype),
+            weight_decay=jnp.asarray(weight_decay, state.weight_decay.dtype),
+        )
+        distance = params if state.prior is None else _distance(params, state.prior)
 
-        def step(h, g, mean, grad, hess_hat):
-            values = (mean, grad, hess_hat, count, weight_decay, b1, b2)
-            mean, grad, hess_hat, t, delta, b1_, b2_ = _cast(h.dtype, *values)
+        def step(h, g, delta, mean, grad, hess_hat):
+            values = (delta, mean, grad, hess_hat, count, b1, b2)
+            delta, mean, grad, hess_hat, t, b1_, b2_ = _cast(h.dtype, *values)
             g = _rules.next_momentum(g, grad, b1_)
             h = _rules.next_hess(h, hess_hat, b2_, delta)
             g_bar = _rules.debiased(g, b1_, t)
             return _Step(_rules.direction(g_bar, mean, h, delta), g, h)
 
-        steps = jax.tree.map(step, state.hess, state.momentum, params, *estimate)
-        return _field("direction", steps), IVONState(
-            count=count,
-            ess=jnp.asarray(ess, state.ess.dtype),
-            weight_decay=jnp.asarray(weight_decay, state.weight_decay.dtype),
-            momentum=_field("momentum", steps),
-            hess=_field("hess", steps),
-        )
+        trees = (state.momentum, weight_decays(state), distance, *estimate)
+        steps = jax.tree.map(step, state.hess, *trees)
+        momentum, hess = _field("momentum", steps), _field("hess", steps)
+        state = state._replace(momentum=momentum, hess=hess)
+        return _field("direction", steps), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def weight_decays(state: IVONState) -> optax.Params:
+    r"""Return :math:`\delta` for each array: the precision of its prior / ess."""
+    if state.prior is None:
+        return jax.tree.map(lambda h: state.weight_decay.astype(h.dtype), state.hess)
+    return jax.tree.map(
+        lambda precision: precision / state.ess.astype(precision.dtype),
+        state.prior.precision,
+    )
+
+
+def _prior_of(prior, params):
+    """The prior of what `params` owns, in its shapes and sharding; never an alias."""
+    mean = _checks.like("prior.mean", prior.mean, "`params`", params)
+    precision = _checks.prior_precision(prior.precision, params)
+
+    def copy(param, x):
+        zeros = _accumulator(param, 0.0)
+        return zeros + x.astype(zeros.dtype)
+
+    copies = [jax.tree.map(copy, params, tree) for tree in (mean, precision)]
+    return Posterior(*copies)
+
+
+def _distance(params, prior):
+    return jax.tree.map(lambda p, m: p.astype(m.dtype) - m, params, prior.mean)
 
 
 def _estimate(grads, state, params, sample, hess):
@@ -211,13 +259,14 @@ def _estimate(grads, state, params, sample, hess):
 def _hess_estimate(grads, sample, params, state):
     """Line 3, with the sigma that `sample` was drawn with: that of `state`."""
 
-    def estimate(h, mean, grad, theta):
-        values = (mean, grad, theta, state.ess, state.weight_decay)
-        mean, grad, theta, ess, delta = _cast(h.dtype, *values)
+    def estimate(h, delta, mean, grad, theta):
+        values = (mean, grad, theta, state.ess)
+        mean, grad, theta, ess = _cast(h.dtype, *values)
         sigma_inv2 = _rules.precision(h, ess, delta)
         return _rules.hess_estimate(grad, theta - mean, sigma_inv2)
 
-    return jax.tree.map(estimate, state.hess, params, grads, sample)
+    trees = (weight_decays(state), params, grads, sample)
+    return jax.tree.map(estimate, state.hess, *trees)
 
 
 def _in_params_dtype(tx):
