@@ -2,11 +2,14 @@
 
 import re
 
+import hypothesis
+import hypothesis.extra.numpy
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics
+from hypothesis import strategies as st
 
 from ivon_jax import metrics
 
@@ -171,3 +174,142 @@ def test_the_number_of_bins_is_positive():
     message = "`num_bins` must be at least 1, got 0."
     with pytest.raises(ValueError, match=re.escape(message)):
         metrics.expected_calibration_error(PROBS, LABELS, num_bins=0)
+
+
+def sklearn_out_of_distribution(in_scores, out_scores):
+    """The same five from scikit-learn, in double precision."""
+    scores = np.concatenate([np.ravel(in_scores), np.ravel(out_scores)]).astype(float)
+    is_in = np.arange(scores.size) < np.size(in_scores)
+    fpr, tpr, _ = sklearn.metrics.roc_curve(is_in, scores, drop_intermediate=False)
+    return {
+        "fpr_at_95_tpr": fpr[np.argmax(tpr >= 0.95)],
+        "detection_error": np.min(1 - tpr + fpr) / 2,
+        "auroc": sklearn.metrics.roc_auc_score(is_in, scores),
+        "aupr_in": sklearn.metrics.average_precision_score(is_in, scores),
+        "aupr_out": sklearn.metrics.average_precision_score(~is_in, -scores),
+    }
+
+
+def assert_agrees_with_sklearn(in_scores, out_scores, rtol=2e-6):
+    result = metrics.out_of_distribution(in_scores, out_scores)
+    expected = sklearn_out_of_distribution(in_scores, out_scores)
+    assert list(result) == list(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(result[name], value, rtol, rtol, err_msg=name)
+
+
+TIED = st.sampled_from(np.float32([-2, -0.0, 0.0, 0.25, 0.5, 1]))
+DISTINCT = st.floats(-1, 1, width=32, allow_subnormal=False)
+
+
+@pytest.mark.parametrize("elements", [TIED, DISTINCT], ids=["tied", "distinct"])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 7), (20, 1), (20, 20), (41, 30)])
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@hypothesis.given(data=st.data())
+def test_out_of_distribution_agrees_with_sklearn(sizes, elements, data):
+    in_scores, out_scores = (
+        data.draw(hypothesis.extra.numpy.arrays(np.float32, size, elements=elements))
+        for size in sizes
+    )
+    assert_agrees_with_sklearn(in_scores, out_scores)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("decimals", [2, 7])
+def test_out_of_distribution_of_confidences_agrees_with_sklearn(seed, decimals):
+    """With and without ties among 5,000 scores."""
+    rng = np.random.default_rng(seed)
+    in_scores, out_scores = (
+        np.round(rng.beta(a, 2, size=size), decimals).astype(np.float32)
+        for a, size in [(6, (40, 50)), (3, (3, 10, 100))]
+    )
+    assert_agrees_with_sklearn(in_scores, out_scores)
+
+
+@pytest.mark.parametrize("size", [1, 19, 20, 21, 39, 40, 41, 100, 999, 1000, 2020])
+def test_a_true_positive_rate_of_19_in_20_is_at_least_95_percent(size):
+    """At the first of k true positives with 20 k >= 19 n, k - 1 scores are between."""
+    in_scores = np.arange(size, dtype=np.float32)
+    first = next(k for k in range(size + 1) if 20 * k >= 19 * size)
+    result = metrics.out_of_distribution(in_scores, in_scores + 0.5)
+    np.testing.assert_allclose(result["fpr_at_95_tpr"], first / size, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("in_scores", "out_scores", "expected"),
+    [
+        ([2.0, 3.0], [0.0, 1.0, 1.0, 0.0], [0, 0, 1, 1, 1]),
+        ([0.0, 0.0], [1.0, 1.0], [1, 0.5, 0, 0.5, 0.5]),
+        ([0.5, 0.5, 0.5], [0.5], [1, 0.5, 0.5, 0.75, 0.25]),
+        ([np.inf, 0.0], [-np.inf, -np.inf], [0, 0, 1, 1, 1]),
+    ],
+    ids=["separated", "reversed", "equal", "infinite"],
+)
+def test_out_of_distribution_of_extreme_scores(in_scores, out_scores, expected):
+    """Exactly."""
+    result = metrics.out_of_distribution(np.array(in_scores), np.array(out_scores))
+    assert [float(value) for value in result.values()] == expected
+
+
+def test_out_of_distribution_works_under_jit_and_vmap():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 9, size=(2, 4, 30)).astype(np.float32)
+    result = jax.jit(jax.vmap(metrics.out_of_distribution))(*scores)
+    for i, pair in enumerate(zip(*scores, strict=True)):
+        expected = metrics.out_of_distribution(*pair)
+        for name, value in expected.items():
+            np.testing.assert_allclose(result[name][i], value, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (jnp.bfloat16, jnp.float16),
+        (jnp.float16, jnp.float32),
+        (jnp.int32, jnp.bfloat16),
+        (jnp.int8, jnp.uint8),
+    ],
+)
+def test_scores_of_any_real_dtypes_are_compared_in_float32(dtypes):
+    rng = np.random.default_rng(0)
+    scores = [rng.integers(0, 9, size=30).astype(np.float32) for _ in dtypes]
+    arrays = [jnp.asarray(s, dtype) for s, dtype in zip(scores, dtypes, strict=True)]
+    result = metrics.out_of_distribution(*arrays)
+    assert {value.dtype for value in result.values()} == {jnp.dtype("float32")}
+    assert_agrees_with_sklearn(*scores)
+    for name, value in metrics.out_of_distribution(*scores).items():
+        assert result[name] == value
+
+
+@pytest.mark.usefixtures("x64")
+def test_double_precision_scores_stay_so():
+    """Apart by less than float32 can tell."""
+    in_scores, out_scores = 1 - np.array([1e-10, 3e-10]), 1 - np.array([2e-10, 4e-10])
+    assert_agrees_with_sklearn(in_scores, out_scores, rtol=1e-15)
+    result = metrics.out_of_distribution(in_scores, out_scores)
+    assert result["auroc"].dtype == jnp.float64
+    assert result["auroc"] == 0.75
+
+
+SCORES = np.linspace(0, 1, 5, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (SCORES[:0], ValueError, "`{}` must have at least one entry, got none."),
+        (SCORES * 1j, TypeError, "`{}` must be real numbers, got dtype complex64."),
+        (SCORES > 0, TypeError, "`{}` must be real numbers, got dtype bool."),
+        (
+            np.where(SCORES > 0, SCORES, np.nan),
+            ValueError,
+            "`{}` must be numbers, got NaN for 1 of 5. Tr",
+        ),
+    ],
+    ids=["empty", "complex", "boolean", "nan"],
+)
+def test_scores_are_real_numbers(bad, error, message):
+    with pytest.raises(error, match=re.escape(message.format("in_scores"))):
+        metrics.out_of_distribution(bad, SCORES)
+    with pytest.raises(error, match=re.escape(message.format("out_scores"))):
+        metrics.out_of_distribution(SCORES, bad)
