@@ -1,0 +1,250 @@
+r"""Merge models that were finetuned from one base, weighted by their curvatures.
+
+:math:`\theta_0` are the parameters of the base model, :math:`\theta_t` those of the
+model finetuned on task t, all trees of one structure. :math:`h_0` and :math:`h_t` are
+diagonals of the Hessians of whole data sets: sums, not means, over examples. All
+functions work under ``jit``; there, values go unchecked.
+
+References:
+  Shen et al., Variational Learning is Effective for Large Deep Networks, ICML 2024,
+  section 4.3.2; Daheim et al., Model Merging by Uncertainty-Based Gradient Matching,
+  ICLR 2024; Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from . import _checks
+from ._mean import scan_mean
+
+
+def task_arithmetic(
+    base: optax.Params,
+    finetuned: Sequence[optax.Params],
+    scale: jax.typing.ArrayLike | Sequence[jax.typing.ArrayLike] = 1.0,
+) -> optax.Params:
+    r"""Add up the changes: :math:`\theta_0 + \sum_t s_t (\theta_t - \theta_0)`.
+
+    >>> base, first, second = jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([1.0, 2.0])
+    >>> print(task_arithmetic(base, [first, second], scale=0.5))
+    [1. 1.]
+
+    Args:
+      base: :math:`\theta_0`, floating-point arrays.
+      finetuned: a list of the :math:`\theta_t`.
+      scale: :math:`s_t`, one number, or one for each; a negative one removes a task.
+
+    Returns:
+      A tree like `base`, with its dtypes, computed in float32 or wider.
+
+    Raises:
+      TypeError, ValueError: `finetuned` or `scale` is not as described.
+    """
+    scales = _checked_scales(base, finetuned, scale)
+
+    def leaf(theta, *thetas):
+        return _shifted(theta, thetas, scales, [1.0] * len(thetas))
+
+    return jax.tree.map(leaf, base, *finetuned)
+
+
+def merge(
+    base: optax.Params,
+    finetuned: Sequence[optax.Params],
+    hessians: Sequence[Any],
+    base_hessian: Any,
+    *,
+    scale: jax.typing.ArrayLike | Sequence[jax.typing.ArrayLike] = 1.0,
+) -> optax.Params:
+    r"""Merge models, each with the say that its curvature gives it, entry by entry.
+
+    .. math::
+        \theta_0 + \sum_t s_t \frac{h_0 + h_t}{h_0 + \sum_{t'} h_{t'}}
+            (\theta_t - \theta_0)
+
+    With :math:`s_t = 1` it is the exact minimiser of the sum of all tasks' losses plus
+    :math:`\frac{1}{2} h_0 (\theta - \theta_0)^2`, if every :math:`\theta_t` is that of
+    its own loss plus the same term, and the losses are quadratic with diagonal
+    Hessians. `task_arithmetic` is the case of :math:`h_t = 0`.
+
+    IVON's `h`, ``ivon_jax.find_states(opt_state)[0].hess``, is a mean over examples:
+    multiply it by their number where tasks differ in size or :math:`h_0` has a say.
+    With ``ess`` for that number, the precision of `ivon_jax.posterior` is
+    :math:`\lambda (h + \delta)`, that product plus the precision of the prior, which
+    then counts once for each task.
+
+    >>> base, first, second = jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+    >>> hessians = [jnp.array([3.0, 0.0]), jnp.array([0.0, 1.0])]
+    >>> print(merge(base, [first, second], hessians, base_hessian=1.0))
+    [1. 1.]
+
+    Args:
+      base: :math:`\theta_0`, floating-point arrays.
+      finetuned: a list of the :math:`\theta_t`.
+      hessians: a list of the :math:`h_t`, non-negative trees like `base`, or numbers
+        for all entries. Where a tree has None or `optax.MaskedNode`, as for what IVON
+        did not train, :math:`h_t = 0`; where all have, this is `task_arithmetic`.
+      base_hessian: :math:`h_0`, another such tree or number.
+      scale: :math:`s_t`, one number for all models, or one for each.
+
+    Returns:
+      A tree like `base`, with its dtypes, computed in float32 or wider.
+
+    Raises:
+      TypeError, ValueError: an argument is not as described, or h_0 + sum h_t is zero.
+    """
+    scales = _checked_scales(base, finetuned, scale)
+    count = len(finetuned)
+    _checks.list_of_trees("hessians", hessians, count)
+    hessians = [
+        _checks.curvature(f"hessians[{t}]", hess, "`base`", base)
+        for t, hess in enumerate(hessians)
+    ]
+
+    def leaf(path, theta, base_hess, *rest):
+        thetas, hess = rest[:count], rest[count:]
+        weights = _weights(path, base_hess, hess, _wide(theta, *thetas))
+        return _shifted(theta, thetas, scales, weights)
+
+    base_hessian = _checks.curvature("base_hessian", base_hessian, "`base`", base)
+    trees = (base_hessian, *finetuned, *hessians)
+    return jax.tree_util.tree_map_with_path(leaf, base, *trees)
+
+
+def diagonal_fisher(
+    fn: Callable[[optax.Params, Any], jax.Array],
+    params: optax.Params,
+    key: jax.Array,
+    inputs: Any,
+    *,
+    num_samples: int = 1,
+    chunk_size: int = 16,
+) -> optax.Params:
+    r"""Estimate a classifier's curvature from squared gradients of single examples.
+
+    .. math::
+        \sum_i \frac{1}{S} \sum_s [\nabla_\theta \log p(y_i^{(s)} | x_i, \theta)]^2,
+        \qquad y_i^{(s)} \sim p(y | x_i, \theta)
+
+    It is the `h` of a model trained without IVON. As labels are drawn from the model,
+    its expectation is the diagonal of the Fisher (here the Gauss-Newton) matrix.
+
+    >>> x, weights = jnp.array([[1.0], [2.0]]), jnp.zeros((1, 2))
+    >>> print(diagonal_fisher(lambda w, x: x @ w, weights, jax.random.key(0), x))
+    [[1.25 1.25]]
+
+    Args:
+      fn: ``fn(theta, x) -> (N, C)``, the logits of N examples. It is called with
+        batches of one, so batch normalisation must not be in training mode.
+      params: where to take the gradients, floating-point arrays.
+      key: a JAX random key. The same key draws the same labels for any `chunk_size`.
+      inputs: a pytree of arrays, the data set's examples along their first axes.
+      num_samples: S, labels for each example; each costs a backward pass.
+      chunk_size: examples to evaluate at once, with memory for one gradient each. With
+        `inputs` sharded over devices, make it a multiple of their number.
+
+    Returns:
+      A tree like `params`, float32 or wider: a sum over the data set.
+
+    Raises:
+      TypeError, ValueError: an argument or the logits are not as described.
+    """
+    _checks.integer_between("num_samples", num_samples, 1)
+    _checks.integer_between("chunk_size", chunk_size, 1)
+    _checks.floating_leaves(params)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    size = _checks.number_of_examples(inputs=inputs)
+    # Or else `jax.shard_map` sums gradients over devices before they are squared.
+    zero = jnp.zeros_like(jax.tree.leaves(inputs)[0], shape=())
+    params = jax.tree.map(lambda p: p + zero.astype(jnp.result_type(p)), params)
+
+    def squared_gradient(index, example):
+        batch = jax.tree.map(lambda x: x[None], example)
+        logits, pull = jax.vjp(lambda theta: fn(theta, batch), params)
+        _checks.outputs_of_one(logits)
+
+        def square(label_key):
+            [grad] = pull(_errors(label_key, logits))
+            return jax.tree.map(lambda g: g.astype(_wide(g)) ** 2, grad)
+
+        keys = jax.random.split(jax.random.fold_in(key, index), num_samples)
+        return scan_mean(square, keys)
+
+    return _sum_over_examples(squared_gradient, inputs, size, min(chunk_size, size))
+
+
+def _errors(key, logits):
+    """Softmax minus one-hot drawn labels: the gradient of the cross-entropy."""
+    wide = logits.astype(_wide(logits))
+    labels = jax.random.categorical(key, wide)
+    one_hot = jax.nn.one_hot(labels, wide.shape[-1], dtype=wide.dtype)
+    return (jax.nn.softmax(wide) - one_hot).astype(logits.dtype)
+
+
+def _sum_over_examples(fn, examples, size, chunk_size):
+    """Sum ``fn(index, example)``, `chunk_size` examples at once."""
+    count, rest = divmod(size, chunk_size)
+    whole = size - rest
+    # Rows ``j::count`` of arrays sharded along their first axis are sharded alike.
+    strided = jax.tree.map(
+        lambda x: x[:whole].reshape(chunk_size, count, *x.shape[1:]), examples
+    )
+
+    def of_chunk(indices, rows):
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(fn)(indices, rows))
+
+    def include(j, total):
+        rows = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, j, 1, keepdims=False), strided
+        )
+        chunk = of_chunk(j + count * jnp.arange(chunk_size), rows)
+        return jax.tree.map(jnp.add, total, chunk)
+
+    last = jnp.arange(whole, size), jax.tree.map(lambda x: x[whole:], examples)
+    shapes = jax.eval_shape(of_chunk, *last)
+    total = of_chunk(*last) if rest else jax.tree.map(jnp.zeros_like, shapes)
+    return jax.lax.fori_loop(0, count, include, total)
+
+
+def _checked_scales(base, finetuned, scale):
+    """One scale for each of the checked models."""
+    _checks.floating_tree("base", base)
+    _checks.list_of_trees("finetuned", finetuned)
+    for t, theta in enumerate(finetuned):
+        _checks.like(f"finetuned[{t}]", theta, "`base`", base)
+        _checks.floating_tree(f"finetuned[{t}]", theta)
+    return _checks.scales("scale", scale, len(finetuned))
+
+
+def _weights(path, base_hess, hess, dtype):
+    """(h_0 + h_t) / (h_0 + sum of all h_t) for each t; None is zero."""
+    if all(h is None for h in hess):
+        return [1.0] * len(hess)
+    base_hess, *hess = [
+        jnp.asarray(0.0 if h is None else h, dtype) for h in (base_hess, *hess)
+    ]
+    total = base_hess + sum(hess)
+    _checks.some_curvature(path, total)
+    return [(base_hess + h) / total for h in hess]
+
+
+def _shifted(theta, thetas, scales, weights):
+    """Theta plus the sum of scale * weight * (theta_t - theta), in theta's dtype."""
+    dtype = _wide(theta, *thetas)
+    start = total = jnp.asarray(theta, dtype)
+    for theta_t, *factors in zip(thetas, scales, weights, strict=True):
+        scale, weight = (jnp.asarray(factor, dtype) for factor in factors)
+        total += scale * weight * (jnp.asarray(theta_t, dtype) - start)
+    return total.astype(jnp.result_type(theta))
+
+
+def _wide(*values):
+    """The dtype to compute with these in: float32, or wider if one of them is."""
+    dtypes = (jnp.result_type(value) for value in values)
+    return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
