@@ -1,0 +1,243 @@
+r"""Prune by the posterior: set to zero what it is least sure of.
+
+IVON's `h` starts at ``hess_init`` everywhere, so that ties are the rule early in the
+training; they are broken by position, the first entry removed first. All functions work
+under ``jit``, with the sparsity traced or not; there, values go unchecked.
+
+References:
+  Graves, Practical Variational Inference for Neural Networks, NeurIPS 2011, and
+  Blundell et al., Weight Uncertainty in Neural Networks, ICML 2015 (signal to noise);
+  Cong et al., Improving LoRA with Variational Learning, 2025,
+  https://arxiv.org/abs/2506.14280 (variance).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from . import _checks
+from ._gaussian import Posterior
+
+
+def signal_to_noise(posterior: Posterior) -> Any:
+    r"""Return :math:`|m| / \sigma`, entry by entry; None for a point mass.
+
+    >>> q = Posterior(mean=jnp.array([-2.0, 1.0]), precision=jnp.array([4.0, 9.0]))
+    >>> print(signal_to_noise(q))
+    [4. 3.]
+
+    Args:
+      posterior: what `ivon_jax.posterior` returns.
+
+    Returns:
+      A tree of `posterior.mean`'s structure, float32 or wider.
+
+    Raises:
+      TypeError, ValueError: `posterior` is none, or has point masses alone.
+    """
+    _check(posterior)
+
+    def ratio(mean, precision):
+        if precision is None:
+            return None
+        return jnp.abs(jnp.asarray(mean, precision.dtype)) * jnp.sqrt(precision)
+
+    return jax.tree.map(ratio, posterior.mean, posterior.precision)
+
+
+def mask(scores: Any, sparsity: jax.typing.ArrayLike) -> Any:
+    r"""Keep all but the lowest scores, ranked over all arrays together.
+
+    Of P scores exactly ``round(sparsity * P)`` are removed. Ties are broken by position
+    in the tree: the first are removed first. Any scores will do, such as magnitudes,
+    ``jax.tree.map(jnp.abs, params)``.
+
+    >>> print(mask({"a": jnp.array([3.0, 1.0]), "b": jnp.array([2.0, 2.0])}, 0.5))
+    {'a': Array([ True, False], dtype=bool), 'b': Array([False,  True], dtype=bool)}
+
+    Args:
+      scores: a pytree of real arrays; None, as for a point mass, is kept and does not
+        count.
+      sparsity: the share to remove, in [0, 1]. Where it is traced, its product with P
+        is rounded in its own dtype: in float32 exact for P up to 2^24.
+
+    Returns:
+      A tree of booleans, True for what is kept, with the structure and shapes of
+      `scores`; a single True for None.
+
+    Raises:
+      TypeError, ValueError: there is no score, one is NaN, or `sparsity` is not in
+        [0, 1].
+    """
+    ranks = _ranks(scores)
+    size = sum(rank.size for rank in jax.tree.leaves(ranks))
+    removed = _num_removed(sparsity, size)
+
+    def kept(rank):
+        if rank is None:
+            return jnp.asarray(True)
+        return rank >= jnp.asarray(removed, rank.dtype)
+
+    return jax.tree.map(kept, ranks, is_leaf=_is_none)
+
+
+def by_signal_to_noise(posterior: Posterior, sparsity: jax.typing.ArrayLike) -> Any:
+    r"""Return the `mask` that removes the lowest :math:`|m| / \sigma`.
+
+    No other entries cost less of the posterior's log-density: setting one to zero takes
+    :math:`m^2 / (2 \sigma^2)` nats, which near an optimum is what the loss of the data
+    set, prior included, rises by.
+
+    >>> q = Posterior(mean=jnp.array([-2.0, 1.0]), precision=jnp.array([4.0, 9.0]))
+    >>> print(by_signal_to_noise(q, sparsity=0.5))
+    [ True False]
+
+    Args:
+      posterior: what `ivon_jax.posterior` returns. Point masses are always kept, and
+        do not count.
+      sparsity: the share of all other entries to remove; see `mask`.
+
+    Returns:
+      A tree of booleans like `posterior.mean`, True for what is kept.
+
+    Raises:
+      TypeError, ValueError: as `signal_to_noise` and `mask`.
+    """
+    return _like_mean(posterior, mask(signal_to_noise(posterior), sparsity))
+
+
+def by_variance(posterior: Posterior, sparsity: jax.typing.ArrayLike) -> Any:
+    r"""Return the `mask` that removes the highest :math:`\sigma^2`, whatever the mean.
+
+    This is for parameters whose neutral value is zero, such as adapters (LoRA).
+
+    >>> q = Posterior(mean=jnp.array([-2.0, 1.0]), precision=jnp.array([4.0, 9.0]))
+    >>> print(by_variance(q, sparsity=0.5))
+    [False  True]
+
+    Args:
+      posterior: what `ivon_jax.posterior` returns. Point masses are always kept, and
+        do not count.
+      sparsity: the share of all other entries to remove; see `mask`.
+
+    Returns:
+      A tree of booleans like `posterior.mean`, True for what is kept.
+
+    Raises:
+      TypeError, ValueError: as `signal_to_noise` and `mask`.
+    """
+    _check(posterior)
+    return _like_mean(posterior, mask(posterior.precision, sparsity))
+
+
+def prune(params: optax.Params | Posterior, mask: Any) -> optax.Params:
+    """Set to zero what `mask` does not keep.
+
+    >>> print(prune(jnp.array([1.0, 2.0]), jnp.array([True, False])))
+    [1. 0.]
+
+    Args:
+      params: the parameters, or a `Posterior`, whose mean is taken.
+      mask: booleans, True for what is kept, with the structure of the parameters and
+        their shapes, or a single one for an array.
+
+    Returns:
+      The parameters, pruned, in their own dtypes.
+
+    Raises:
+      TypeError, ValueError: `mask` is not of booleans, or not like the parameters.
+    """
+    if isinstance(params, Posterior):
+        params = params.mean
+    mask = _checks.keep_like("mask", mask, "the parameters", params)
+
+    def kept(param, keep):
+        return jnp.where(keep, param, jnp.zeros_like(param))
+
+    return jax.tree.map(kept, params, mask)
+
+
+def curve(
+    fn: Callable[[optax.Params], Any],
+    posterior: Posterior,
+    sparsities: jax.typing.ArrayLike,
+    criterion: Callable[[Posterior, jax.Array], Any] = by_signal_to_noise,
+) -> Any:
+    """Evaluate `fn` of the pruned parameters at each sparsity.
+
+    One after the other: memory does not grow with the number of sparsities.
+
+    >>> q = Posterior(mean=jnp.array([3.0, 2.0, 1.0, 4.0]), precision=jnp.ones(4))
+    >>> print(curve(jnp.sum, q, [0.0, 0.5, 1.0]))
+    [10.  7.  0.]
+
+    Args:
+      fn: a pure function of the parameters, returning any pytree of arrays, such as
+        the accuracy on a validation set.
+      posterior: what `ivon_jax.posterior` returns.
+      sparsities: (K,), numbers in [0, 1].
+      criterion: `by_signal_to_noise`, `by_variance`, or any other function of the
+        posterior and a traced sparsity that returns the mask for `prune`.
+
+    Returns:
+      What `fn` returns, with a leading axis of K.
+
+    Raises:
+      TypeError, ValueError: `sparsities` are not numbers in [0, 1], or as `criterion`.
+    """
+    _check(posterior)
+    sparsities = _checks.fractions("sparsities", sparsities)
+    return jax.lax.map(
+        lambda s: fn(prune(posterior, criterion(posterior, s))), sparsities
+    )
+
+
+def _check(posterior):
+    _checks.gaussian("posterior", posterior, Posterior)
+    _checks.some_precision(posterior)
+
+
+def _ranks(scores):
+    """The rank of each entry among those of all arrays, the lowest first."""
+    named, structure = jax.tree_util.tree_flatten_with_path(scores)
+    arrays = [
+        _checks.scores(f"scores{jax.tree_util.keystr(path)}", x) for path, x in named
+    ]
+    _checks.not_empty("scores", *arrays)
+    dtype = functools.reduce(np.promote_types, (x.dtype for x in arrays), np.float32)
+    flat = jnp.concatenate([x.astype(dtype).ravel() for x in arrays])
+    order = jnp.argsort(flat, stable=True)
+    ranks = (
+        jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=order.dtype))
+    )
+    parts = jnp.split(ranks, np.cumsum([x.size for x in arrays])[:-1])
+    return structure.unflatten(
+        [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)]
+    )
+
+
+def _num_removed(sparsity, size):
+    """The sparsity times `size`, rounded to an integer."""
+    sparsity = _checks.fraction("sparsity", sparsity)
+    if isinstance(sparsity, float):
+        return round(sparsity * size)
+    # float32 does not hold every size.
+    return jnp.where(sparsity < 1, jnp.round(sparsity * size).astype(int), size)
+
+
+def _like_mean(posterior, kept):
+    """`kept` in the shapes of the mean, those of point masses included."""
+
+    def whole(mean, keep):
+        return None if mean is None else jnp.broadcast_to(keep, jnp.shape(mean))
+
+    return jax.tree.map(whole, posterior.mean, kept, is_leaf=_is_none)
+
+
+def _is_none(node):
+    return node is None
