@@ -1,0 +1,137 @@
+r"""The model linearised at the posterior's mean, one example at a time.
+
+Under :math:`\theta \sim N(m, \mathrm{diag}(\sigma^2))` the outputs of the linearised
+model are Gaussian, with mean :math:`f_i(m)` and covariance
+:math:`V_i = J_i \, \mathrm{diag}(\sigma^2) J_i^\top`, where :math:`J_i` is their
+Jacobian, C x P. Neither is ever formed: a product with :math:`V_i` is one product with
+:math:`J_i^\top` (a backward pass) and one with :math:`J_i` (a forward pass).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from . import _checks
+from ._gaussian import Posterior
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """The Gaussian over one example's outputs, through products with its Jacobian."""
+
+    mean: jax.Array  # (C,): f_i
+    pull: Callable[[jax.Array], Any]  # J^T v, for v of shape (C,)
+    push: Callable[[Any], jax.Array]  # J t, for t like the trained parameters
+    variance: Any  # sigma^2, like the trained parameters
+
+    def covariance_times(self, vector):
+        """V v, for two passes through the model."""
+        return self.push(jax.tree.map(jnp.multiply, self.variance, self.pull(vector)))
+
+    def covariance_diagonal(self):
+        """The diagonal of V: an output after the other, a backward pass for each."""
+
+        def variance(output):
+            gradient = self.pull(self._one_hot(output))
+            terms = jax.tree.map(
+                lambda s, g: jnp.sum(s * g**2), self.variance, gradient
+            )
+            return sum(jax.tree.leaves(terms), start=jnp.zeros([], self.mean.dtype))
+
+        return jax.lax.map(variance, jnp.arange(self.mean.size))
+
+    def covariance(self):
+        """V, (C, C): an output after the other, two passes for each."""
+
+        def row(output):
+            return self.covariance_times(self._one_hot(output))
+
+        return jax.lax.map(row, jnp.arange(self.mean.size))
+
+    def _one_hot(self, output):
+        return jax.nn.one_hot(output, self.mean.size, dtype=self.mean.dtype)
+
+
+def linearize(
+    fn: Callable[[optax.Params, Any], jax.Array], q: Posterior
+) -> Callable[[Any], Outputs]:
+    """Return the map from one example to the Gaussian over its outputs.
+
+    `fn` takes a batch, here of one example. Point masses stay as they are: they need
+    no derivative, and may have none. Everything else is in float32 or wider; `fn` gets
+    the parameters in their own dtypes.
+    """
+    mean, structure = jax.tree.flatten(q.mean)
+    precision = structure.flatten_up_to(q.precision)
+    trained = [i for i, p in enumerate(precision) if p is not None]
+    center = [jnp.asarray(mean[i]).astype(precision[i].dtype) for i in trained]
+    variance = [1.0 / precision[i] for i in trained]
+
+    def of_example(example):
+        batch = jax.tree.map(lambda x: x[None], example)
+
+        def outputs(values):
+            leaves = list(mean)
+            for i, value in zip(trained, values, strict=True):
+                leaves[i] = value.astype(jnp.result_type(mean[i]))
+            [output] = fn(structure.unflatten(leaves), batch)
+            return output.astype(np.promote_types(output.dtype, np.float32))
+
+        output, push = jax.linearize(outputs, center)
+        transpose = jax.linear_transpose(push, center)
+        return Outputs(output, lambda v: transpose(v)[0], push, variance)
+
+    return of_example
+
+
+def num_outputs(fn, q, x):
+    """C, for a checked `fn`; its shapes alone are evaluated."""
+
+    def one(array):
+        return jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype)
+
+    return _checks.outputs_of_one(jax.eval_shape(fn, q.mean, jax.tree.map(one, x)))
+
+
+def map_examples(fn, examples, chunk_size):
+    """Map `fn` over the first axis of `examples`, `chunk_size` of them at once."""
+    size = len(jax.tree.leaves(examples)[0])
+    whole = size - size % chunk_size
+    parts = [
+        _map_chunks(fn, jax.tree.map(lambda x, rows=rows: x[rows], examples), length)
+        for rows, length in (
+            (slice(whole), min(chunk_size, whole)),
+            (slice(whole, size), size - whole),
+        )
+        if length
+    ]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+
+
+def _map_chunks(fn, examples, length):
+    """Map `fn` over chunks of equal length.
+
+    A chunk has the rows ``j::count``, so that those of arrays sharded along their first
+    axis are sharded alike: of contiguous rows, few of the devices would have any.
+    """
+
+    def split(x):
+        return x.reshape(length, x.shape[0] // length, *x.shape[1:])
+
+    def join(x):
+        return x.swapaxes(0, 1).reshape(x.shape[0] * length, *x.shape[2:])
+
+    def of_chunk(j):
+        def rows(x):
+            return jax.lax.dynamic_index_in_dim(x, j, axis=1, keepdims=False)
+
+        return jax.vmap(fn)(jax.tree.map(rows, chunks))
+
+    chunks = jax.tree.map(split, examples)
+    count = jax.tree.leaves(chunks)[0].shape[1]
+    return jax.tree.map(join, jax.lax.map(of_chunk, jnp.arange(count)))

@@ -1,0 +1,447 @@
+"""Leave-one-out estimates: the formula written out, and exact refits."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ivon_jax
+from ivon_jax import sensitivity
+
+SCRIPT = Path(__file__).with_name("eight_devices_posterior.py")
+ROUNDING = 1e-13  # of double precision, for sums of hundreds of terms
+CROSS_ENTROPY = optax.softmax_cross_entropy_with_integer_labels
+NAMES = "deviations", "sensitivities", "leave_one_out_logits", "leave_one_out_loss"
+
+
+@functools.partial(jax.jit, static_argnames=("fn", "diagonal", "chunk_size"))
+def estimates(fn, q, x, y, **options):
+    """All that the module has."""
+    return {name: getattr(sensitivity, name)(fn, q, x, y, **options) for name in NAMES}
+
+
+def softmax(logits):
+    unnormalised = np.exp(logits - logits.max(-1, keepdims=True))
+    return unnormalised / unnormalised.sum(-1, keepdims=True)
+
+
+def linear(theta, x):
+    return x @ theta
+
+
+def linear_problem(seed, n=21, d=5, c=4):
+    """Double precision; not a multiple of the chunks."""
+    rng = np.random.default_rng(seed)
+    q = ivon_jax.Posterior(rng.normal(size=(d, c)), rng.uniform(2, 20, size=(d, c)))
+    return q, rng.normal(size=(n, d)), rng.integers(0, c, size=n)
+
+
+def network(theta, x):
+    """Two layers, with a tree of parameters and a scalar among them."""
+    hidden = jnp.tanh(x @ theta["w"] + theta["b"][None]) * theta["scale"]
+    return hidden @ theta["v"]
+
+
+def network_problem(seed, n=13):
+    rng = np.random.default_rng(seed)
+    shapes = {"w": (3, 6), "b": (6,), "scale": (), "v": (6, 4)}
+    mean = {name: jnp.asarray(rng.normal(size=s)) for name, s in shapes.items()}
+    precision = {
+        name: jnp.asarray(rng.uniform(5, 50, size=s)) for name, s in shapes.items()
+    }
+    x, y = rng.normal(size=(n, 3)), rng.integers(0, 4, size=n)
+    return ivon_jax.Posterior(mean, precision), x, y
+
+
+def covariances(fn, q, x):
+    """V of every example, from whole Jacobians."""
+    jacobian = jax.jacobian(lambda mean: fn(mean, x))(q.mean)
+
+    def product(j, precision):
+        j = np.asarray(j).reshape(*j.shape[:2], -1)
+        return np.einsum("icp,p,idp->icd", j, 1 / np.ravel(precision), j)
+
+    return sum(jax.tree.leaves(jax.tree.map(product, jacobian, q.precision)))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.usefixtures("x64")
+def test_estimates_of_a_linear_model_are_the_formula_written_out(seed):
+    """With J = x kron I."""
+    q, x, y = linear_problem(seed)
+    logits = x @ q.mean
+    errors = softmax(logits) - np.eye(4)[y]
+    deviations = []
+    for row, error in zip(x, errors, strict=True):
+        jacobian = np.kron(row, np.eye(4))
+        deviations.append(
+            jacobian @ np.diag(1 / q.precision.ravel()) @ jacobian.T @ error
+        )
+    expected = {
+        "deviations": np.array(deviations),
+        "sensitivities": np.sqrt(np.square(deviations).sum(1)),
+        "leave_one_out_logits": logits + deviations,
+        "leave_one_out_loss": -np.mean(
+            np.log(softmax(logits + deviations)[np.arange(len(y)), y])
+        ),
+    }
+    chex.assert_trees_all_close(estimates(linear, q, x, y), expected, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.usefixtures("x64")
+def test_estimates_of_a_network_are_those_of_its_jacobian(seed, diagonal):
+    q, x, y = network_problem(seed)
+    logits = np.asarray(network(q.mean, x))
+    errors = softmax(logits) - np.eye(4)[y]
+    v = covariances(network, q, x)
+    products = np.einsum("icc,ic->ic" if diagonal else "icd,id->ic", v, errors)
+    expected = {
+        "deviations": products,
+        "sensitivities": np.linalg.norm(products, axis=1),
+        "leave_one_out_logits": logits + products,
+        "leave_one_out_loss": -np.mean(
+            np.log(softmax(logits + products)[np.arange(len(y)), y])
+        ),
+    }
+    result = estimates(network, q, x, y, diagonal=diagonal)
+    chex.assert_trees_all_close(result, expected, rtol=1e-10)
+
+
+NOISE = 0.7  # standard deviation
+PRIOR_PRECISION = 3.0
+
+
+def refit(features, targets):
+    """Bayesian linear regression on one-hot rows, where the posterior is diagonal."""
+    precision = PRIOR_PRECISION + (features**2).sum(0) / NOISE**2
+    mean = features.T @ targets / NOISE**2 / precision
+    return mean, precision
+
+
+def regression_problem(repeats):
+    """Each row has one entry that is not zero."""
+    rng = np.random.default_rng(repeats)
+    features = np.tile(np.eye(4), (repeats, 1)) * rng.normal(size=(4 * repeats, 1))
+    return features, features @ rng.normal(size=4) + NOISE * rng.normal(
+        size=len(features)
+    )
+
+
+def exact_and_estimated(repeats):
+    """Deviations by training again without each example, by estimate; leverages."""
+    features, targets = regression_problem(repeats)
+    mean, precision = refit(features, targets)
+    rows = np.arange(len(targets))
+    exact = [
+        row @ (refit(features[rows != i], targets[rows != i])[0] - mean)
+        for i, row in enumerate(features)
+    ]
+    q = ivon_jax.Posterior(mean[:, None], precision[:, None])
+    estimate = sensitivity.deviations(
+        linear,
+        q,
+        features,
+        targets[:, None],
+        loss=lambda f, y: 0.5 * jnp.sum((f - y) ** 2) / NOISE**2,
+    )
+    return np.array(exact), estimate[:, 0], features**2 @ (1 / precision) / NOISE**2
+
+
+@pytest.mark.parametrize("repeats", [2, 5, 40])
+@pytest.mark.usefixtures("x64")
+def test_in_linear_regression_only_the_leverage_is_missing(repeats):
+    """Without x, y the normal equations give x(m' - m) = V e / (1 - V / s^2).
+
+    They are (P - x'x / s^2)(m' - m) = x'(x m - y) / s^2 = x' e; multiply from the left
+    by x / P, with V = x x' / P.
+    """
+    exact, estimate, leverage = exact_and_estimated(repeats)
+    np.testing.assert_allclose(estimate, (1 - leverage) * exact, rtol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_estimate_approaches_the_refit_as_the_leverage_vanishes():
+    """Ten times the data: about a tenth of the error, the sum of leverages being 4."""
+
+    def error(repeats):
+        exact, estimate, leverage = exact_and_estimated(repeats)
+        assert leverage.sum() < 4
+        return np.abs(estimate - exact).sum() / np.abs(exact).sum()
+
+    few, many = error(10), error(1000)
+    assert many < few / 50
+    assert many < 5e-3
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_leaving_an_example_out_never_lowers_its_cross_entropy(diagonal):
+    """A convex loss is above its tangent, which rises by e'V e >= 0."""
+    q, x, y = single_precision(network_problem(0, n=100))
+    logits = estimates(network, q, x, y, diagonal=diagonal)["leave_one_out_logits"]
+    without, within = CROSS_ENTROPY(logits, y), CROSS_ENTROPY(network(q.mean, x), y)
+    assert np.all(without >= within * (1 - 1e-6))
+    assert without.mean() > within.mean()
+
+
+def single_precision(problem):
+    """The arrays of `problem` in JAX's default dtypes."""
+    return jax.tree.map(jnp.asarray, problem)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 13, 14, 1000])
+@pytest.mark.usefixtures("x64")
+def test_the_size_of_chunks_changes_nothing(chunk_size):
+    """Of 13 examples, in their order: a divisor, a remainder, more than there are."""
+    q, x, y = network_problem(0)
+    rows = [slice(i, i + 1) for i in range(13)]
+    alone = [estimates(network, q, x[i], y[i])["deviations"] for i in rows]
+    result = estimates(network, q, x, y, chunk_size=chunk_size)["deviations"]
+    np.testing.assert_allclose(result, np.concatenate(alone), rtol=1e-10)
+
+
+def test_inputs_and_targets_may_be_trees():
+    """One of the targets as a weight of the example."""
+    q, x, y = single_precision(network_problem(0))
+    weights = jnp.linspace(0.5, 2.0, len(y))
+    result = sensitivity.deviations(
+        lambda theta, x: network(theta, jnp.concatenate([x["left"], x["right"]], 1)),
+        q,
+        {"left": x[:, :1], "right": x[:, 1:]},
+        {"label": y, "weight": weights},
+        loss=lambda f, y: y["weight"] * CROSS_ENTROPY(f, y["label"]),
+    )
+    expected = weights[:, None] * sensitivity.deviations(network, q, x, y)
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+def test_all_are_the_same_under_jit_and_vmap():
+    """Over posteriors, examples and labels; and without either."""
+    problems = [network_problem(seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *problems)
+    results = jax.vmap(functools.partial(estimates, network))(*stacked)
+    for i, problem in enumerate(problems):
+        one = jax.tree.map(lambda x, i=i: x[i], results)
+        chex.assert_trees_all_close(one, estimates(network, *problem), rtol=1e-10)
+    for name, result in estimates(network, *problems[0]).items():
+        eager = getattr(sensitivity, name)(network, *problems[0])
+        np.testing.assert_allclose(result, eager, rtol=1e-10)
+
+
+def test_point_masses_are_constants():
+    """One of integers, which has no derivative, and one of floating-point numbers."""
+    q, x, y = single_precision(network_problem(0))
+    columns = jnp.array([2, 0, 1])
+
+    def permuted(theta, x):
+        return network(theta, x[:, theta["columns"]])
+
+    mean = q.mean | {"columns": columns}
+    partial = ivon_jax.Posterior(mean, q.precision | {"columns": None, "b": None})
+    result = sensitivity.deviations(permuted, partial, x, y)
+    certain = q._replace(precision=q.precision | {"b": jnp.full(6, 1e30)})
+    expected = sensitivity.deviations(network, certain, x[:, columns], y)
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-7)
+    everything = sensitivity.deviations(network, q, x[:, columns], y)
+    assert np.abs(everything - expected).max() > 1e-3
+
+
+def test_with_nothing_but_point_masses_no_example_counts():
+    q, x, y = single_precision(linear_problem(0))
+    q = q._replace(precision=None)
+    for diagonal in (False, True):
+        result = estimates(linear, q, x, y, diagonal=diagonal)
+        np.testing.assert_array_equal(result["sensitivities"], np.zeros(len(y)))
+
+
+def test_bfloat16_parameters_give_float32_estimates():
+    """To the 2^-8 of each of the four roundings on the way; `fn` sees bfloat16."""
+    q, x, y = single_precision(linear_problem(0))
+    mean = q.mean.astype(jnp.bfloat16)
+    low = x.astype(jnp.bfloat16), y
+
+    def run(mean, x, y):
+        q_low = ivon_jax.Posterior(mean, q.precision)
+        return sensitivity.deviations(linear, q_low, x, y)
+
+    result = run(mean, *low)
+    assert result.dtype == jnp.float32
+    expected = run(mean.astype(jnp.float32), low[0].astype(jnp.float32), y)
+    error = np.linalg.norm(result - expected, axis=1)
+    assert np.all(error < 4 * 2**-8 * np.linalg.norm(expected, axis=1))
+
+
+@pytest.mark.usefixtures("x64")
+def test_double_precision_stays():
+    q, x, y = linear_problem(0)
+    assert sensitivity.leave_one_out_logits(linear, q, x, y).dtype == jnp.float64
+
+
+WIDE = ivon_jax.Posterior(jnp.ones((100, 50)), jnp.full((100, 50), 100.0))
+
+
+def temporaries(n, diagonal, chunk_size=4):
+    """Bytes that `sensitivities` needs besides its arguments and results."""
+
+    def run(x, y):
+        return sensitivity.sensitivities(
+            linear, WIDE, x, y, diagonal=diagonal, chunk_size=chunk_size
+        )
+
+    x, y = jnp.ones((n, 100)), jnp.zeros(n, jnp.int32)
+    return jax.jit(run).lower(x, y).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_memory_grows_with_examples_by_their_outputs_alone(diagonal):
+    """The outputs and their deviations, not inputs, which are twice the outputs."""
+    outputs = 4 * 50 * (800 - 100)
+    assert temporaries(800, diagonal) - temporaries(100, diagonal) < 2.5 * outputs
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_no_jacobian_needs_memory(diagonal):
+    """It would be that of 50 x P for each example."""
+    p = WIDE.mean.nbytes
+    assert temporaries(8, diagonal, chunk_size=1) < 3 * p
+    assert temporaries(8, diagonal, chunk_size=4) < 3 * 4 * p
+
+
+@functools.cache
+def run_on_eight_devices():
+    """In a process of its own, because this one has one device."""
+    command = [sys.executable, "-W", "error", SCRIPT]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+
+
+def facts_of(name):
+    done = run_on_eight_devices()
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)[name]
+
+
+def test_examples_and_parameters_may_be_sharded():
+    """Over eight devices, and over four times two."""
+    differences = facts_of("differences")
+    assert len(differences) >= 2
+    assert max(differences.values()) < ROUNDING
+
+
+def test_devices_with_examples_of_their_own_send_nothing():
+    assert facts_of("sent") == []
+
+
+GOOD = {"fn": linear, "posterior": WIDE, "x": np.ones((3, 100)), "y": np.arange(3)}
+
+BAD = {
+    "parameters": (
+        {"posterior": {"w": 1}},
+        "`posterior` must be a Posterior, one Gaussian, got dict. Pass "
+        "`ivon_jax.posterior(params, opt_state)`.",
+    ),
+    "no label for some": (
+        {"y": np.arange(2)},
+        "`y` must have 3 examples along the first axis of every array, as the first of "
+        "`x`, got shape (2,) of it.",
+    ),
+    "inputs of several lengths": (
+        {"x": {"a": np.ones((3, 1)), "b": np.ones(4)}},
+        "`x` must have 3 examples along the first axis of every array, as the first of "
+        "`x`, got shape (4,) at x['b'].",
+    ),
+    "no axis": (
+        {"x": np.float32(1)},
+        "`x` must have one or more examples along the first axis of every array, got "
+        "shape () of it.",
+    ),
+    "no examples": (
+        {"x": np.ones((0, 100))},
+        "`x` must have one or more examples along the first axis of every array, got "
+        "shape (0, 100) of it.",
+    ),
+    "no array": ({"x": {}}, "`x` must have at least one array, got {}."),
+    "one output without an axis": (
+        {"fn": lambda theta, x: (x @ theta)[:, 0]},
+        "`fn(theta, x)` must have shape (N, C), C outputs for each of N examples, got "
+        "shape (1,) for a batch of one.",
+    ),
+    "outputs and more": (
+        {"fn": lambda theta, x: (x @ theta, x)},
+        "`fn(theta, x)` must be one array, got tuple. Return the predictions alone.",
+    ),
+    "classes": (
+        {"fn": lambda theta, x: (x @ theta > 0).astype(jnp.int32)},
+        "`fn(theta, x)` must be floating-point, got dtype int32. Return logits, not "
+        "classes.",
+    ),
+    "one-hot labels": (
+        {"y": np.eye(3, 50, dtype=np.float32)},
+        "`y` must be integers, got dtype float32. Of one-hot labels pass the argmax.",
+    ),
+    "a column of labels": (
+        {"y": np.arange(3)[:, None]},
+        "`y` must have shape (3,), one label for each example, got (3, 1).",
+    ),
+    "a tree of labels": (
+        {"y": {"label": np.arange(3)}},
+        "`y` must be one array, got dict.",
+    ),
+    "a label that is no class": (
+        {"y": np.array([0, 50, 1])},
+        "`y` must be in 0..49, got 50.",
+    ),
+    "a loss for each output": (
+        {"loss": lambda f, _: f**2},
+        "`loss(outputs, y)` must be a scalar, the loss of one example, got shape (50,)."
+        " Sum it over the outputs.",
+    ),
+    "a loss and more": (
+        {"loss": lambda f, _: (f.sum(), f)},
+        "`loss(outputs, y)` must be one array, got tuple.",
+    ),
+    "no size of chunks": (
+        {"chunk_size": 0},
+        "`chunk_size` must be at least 1, got 0.",
+    ),
+    "a broken size of chunks": (
+        {"chunk_size": 2.5},
+        "`chunk_size` must be an integer, got 2.5.",
+    ),
+    "a diagonal that is an array": (
+        {"diagonal": "yes"},
+        "`diagonal` must be True or False, got 'yes'.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_what_does_not_fit_is_named(change, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        sensitivity.sensitivities(**GOOD | change)
+
+
+def test_the_values_of_labels_go_unchecked_under_jit():
+    y = jnp.array([0, 50, 1])
+    jitted = jax.jit(lambda y: sensitivity.sensitivities(**GOOD | {"y": y}))
+    assert jitted(y).shape == (3,)
+
+
+def test_labels_of_a_loss_of_ones_own_are_its_own():
+    """No class indices: float, and of another shape."""
+    result = sensitivity.sensitivities(
+        **GOOD | {"y": np.ones((3, 50))}, loss=lambda f, y: jnp.sum((f - y) ** 2)
+    )
+    assert result.shape == (3,)
