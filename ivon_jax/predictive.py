@@ -1,21 +1,23 @@
-"""Predict with the posterior."""
+"""Predict with the posterior: averages over samples, or a linearised model."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _checks
+from . import _checks, _jacobian
+from ._gaussian import Posterior
 from ._mean import scan_mean
-from ._posterior import Posterior
+from ._mixture import Mixture
 
 
 def predict(
     fn: Callable[[optax.Params], Any],
-    posterior: Posterior,
+    posterior: Posterior | Mixture,
     key: jax.Array,
     num_samples: int = 64,
 ) -> Any:
@@ -33,7 +35,8 @@ def predict(
     Args:
       fn: a pure function of the parameters, returning any pytree of arrays. Close over
         the inputs: ``lambda theta: jax.nn.softmax(apply(theta, x))``.
-      posterior: what `ivon_jax.posterior` returns.
+      posterior: what `ivon_jax.posterior` returns, or a `Mixture`, each of whose
+        members is drawn as often.
       key: a JAX random key. The same key gives the same samples, whatever `fn` is.
       num_samples: :math:`S`. The paper uses 64; the error falls as one over its root.
 
@@ -44,13 +47,178 @@ def predict(
       TypeError, ValueError: `num_samples` is not a positive integer, or `posterior`
         has no samples.
     """
+    return _mean_over_samples(fn, posterior, key, num_samples)
+
+
+class Uncertainty(NamedTuple):
+    """Class probabilities and how uncertain they are, in nats for each example."""
+
+    probs: jax.Array  # (..., C): the mean over samples
+    total: jax.Array  # (...): entropy of `probs`
+    aleatoric: jax.Array  # (...): mean entropy of the samples' probabilities
+    epistemic: jax.Array  # (...): the difference, at least 0
+
+
+def uncertainty(
+    fn: Callable[[optax.Params], jax.Array],
+    posterior: Posterior | Mixture,
+    key: jax.Array,
+    num_samples: int = 64,
+) -> Uncertainty:
+    r"""Split the entropy of the predictive distribution by where it comes from.
+
+    .. math::
+        \underbrace{H[\bar p]}_{\text{total}} =
+        \underbrace{\tfrac{1}{S} \sum_s H[p_s]}_{\text{aleatoric}} +
+        \underbrace{I[y; \theta]}_{\text{epistemic}}, \qquad
+        \bar p = \tfrac{1}{S} \sum_s p_s
+
+    :math:`p_s` are the class probabilities at sample s, :math:`H[p] = -\sum_c p_c \log
+    p_c` their entropy. What the samples agree on is aleatoric: noise of the labels,
+    which more data would not remove. What they disagree on is epistemic, the mutual
+    information of label and parameters: high far from the training data, and what
+    active learning (BALD) looks for.
+
+    >>> q = Posterior(mean=jnp.zeros(()), precision=jnp.ones(()))
+    >>> def probs(theta):
+    ...     return jax.nn.softmax(100 * jnp.stack([theta, -theta]))
+    >>> result = uncertainty(probs, q, jax.random.key(0), num_samples=1000)
+    >>> print(result.total.round(1), result.epistemic.round(1))
+    0.7 0.7
+
+    Args:
+      fn: a pure function of the parameters, returning class probabilities (..., C).
+      posterior: what `ivon_jax.posterior` returns, or a `Mixture`.
+      key: a JAX random key. The same key gives the samples that `predict` draws.
+      num_samples: S. Memory does not grow with it.
+
+    Returns:
+      An `Uncertainty`; ``probs`` is what `predict` returns.
+
+    Raises:
+      TypeError, ValueError: as `predict`, or `fn` does not return probabilities, whose
+        values go unchecked under ``jit``.
+
+    References:
+      Houlsby et al., Bayesian Active Learning for Classification and Preference
+      Learning, 2011; Depeweg et al., Decomposition of Uncertainty in Bayesian Deep
+      Learning for Efficient and Risk-sensitive Learning, ICML 2018.
+    """
+
+    def outputs(theta):
+        probs = jnp.asarray(_checks.one_array("fn(theta)", fn(theta)))
+        _checks.probabilities("fn(theta)", probs)
+        return probs, _entropy(_at_least_float32(probs))
+
+    probs, aleatoric = _mean_over_samples(outputs, posterior, key, num_samples)
+    _checks.probabilities("fn(theta)", probs)
+    total = _entropy(probs)
+    return Uncertainty(probs, total, aleatoric, jnp.maximum(total - aleatoric, 0.0))
+
+
+class Linearized(NamedTuple):
+    """The Gaussian over the C outputs of each of N examples."""
+
+    mean: jax.Array  # (N, C): f_i(m)
+    covariance: jax.Array  # (N, C, C): V_i
+
+    def probs(self) -> jax.Array:
+        r"""Class probabilities of Gaussian logits, approximately.
+
+        :math:`\mathrm{softmax}(f_i / \sqrt{1 + \tfrac{\pi}{8} v_i})`, element by
+        element, with the variances :math:`v_i` on the diagonal of :math:`V_i`: MacKay's
+        (1992) approximation of a sigmoid by a probit, class by class. It needs no
+        samples, but leaves covariances between logits out.
+
+        >>> logits = Linearized(jnp.array([[2.0, 0.0]]), 10 * jnp.eye(2)[None])
+        >>> print(jax.nn.softmax(logits.mean).round(2), logits.probs().round(2))
+        [[0.88 0.12]] [[0.71 0.29]]
+
+        Returns:
+          (N, C).
+        """
+        variance = jnp.diagonal(self.covariance, axis1=-2, axis2=-1)
+        return jax.nn.softmax(self.mean / jnp.sqrt(1.0 + math.pi / 8.0 * variance))
+
+
+def linearized(
+    fn: Callable[[optax.Params, Any], jax.Array],
+    posterior: Posterior,
+    x: Any,
+    *,
+    chunk_size: int = 16,
+) -> Linearized:
+    r"""Predict without samples, by the model linearised at the posterior's mean.
+
+    With :math:`J_i` (C x P) the Jacobian of the outputs :math:`f_i` at the mean m,
+    :math:`f_i(m) + J_i (\theta - m)` is Gaussian under the posterior, with mean
+    :math:`f_i(m)` and covariance
+    :math:`V_i = J_i \, \mathrm{diag}(\sigma^2) J_i^\top`. It costs C forward and
+    backward passes for each example, one class at a time; no Jacobian is formed.
+
+    >>> q = Posterior(mean=jnp.zeros((1, 2)), precision=jnp.full((1, 2), 4.0))
+    >>> outputs = linearized(lambda theta, x: x @ theta, q, jnp.array([[2.0]]))
+    >>> print(outputs.mean, outputs.covariance)
+    [[0. 0.]] [[[1. 0.]
+      [0. 1.]]]
+
+    Args:
+      fn: ``fn(theta, x) -> (N, C)``, logits or other outputs. It is called with batches
+        of one example, must treat examples independently, and needs derivatives of both
+        modes; see `ivon_jax.sensitivity`.
+      posterior: what `ivon_jax.posterior` returns; point masses have no variance.
+      x: a pytree of arrays, the N examples along their first axes.
+      chunk_size: how many examples to evaluate at once. Memory grows with `chunk_size`
+        times P. With `x` sharded over devices, make it a multiple of their number.
+
+    Returns:
+      A `Linearized`: ``mean`` (N, C) and ``covariance`` (N, C, C), float32 or wider.
+      For regression, add the variance of the noise to the diagonal.
+
+    Raises:
+      TypeError, ValueError: an argument is not as described.
+
+    Reference:
+      Immer et al., Improving Predictions of Bayesian Neural Nets via Local
+      Linearization, AISTATS 2021.
+    """
+    _checks.gaussian("posterior", posterior, Posterior)
+    _checks.integer_between("chunk_size", chunk_size, 1)
+    x = jax.tree.map(jnp.asarray, x)
+    _checks.number_of_examples(x=x)
+    _jacobian.num_outputs(fn, posterior, x)
+    of_example = _jacobian.linearize(fn, posterior)
+
+    def moments(example):
+        outputs = of_example(example)
+        return Linearized(outputs.mean, outputs.covariance())
+
+    return _jacobian.map_examples(moments, x, chunk_size)
+
+
+def _mean_over_samples(fn, posterior, key, num_samples):
+    """The mean of ``fn(theta)``, any pytree, in the memory of one sample."""
     _checks.integer_between("num_samples", num_samples, 1)
     _checks.posterior_to_sample(posterior)
 
-    def outputs(sample_key):
-        return jax.tree.map(_at_least_float32, fn(posterior.sample(sample_key)))
+    def outputs(theta):
+        return jax.tree.map(_at_least_float32, fn(theta))
 
-    return scan_mean(outputs, jax.random.split(key, num_samples))
+    if isinstance(posterior, Mixture):
+        key, strata_key = jax.random.split(key)
+        strata = posterior.strata(strata_key, num_samples)
+        keys = jax.random.split(key, num_samples)
+        members = Mixture(posterior.stacked)  # once, not in every step of the scan
+        return scan_mean(
+            lambda x: outputs(members.member(x[0]).sample(x[1])), (strata, keys)
+        )
+    keys = jax.random.split(key, num_samples)
+    return scan_mean(lambda k: outputs(posterior.sample(k)), keys)
+
+
+def _entropy(probs):
+    """Entropy over the last axis in nats, where 0 log 0 is 0."""
+    return jnp.sum(jax.scipy.special.entr(probs), axis=-1)
 
 
 def _at_least_float32(x):

@@ -1,5 +1,6 @@
 """Averages over the posterior: right, lean, and of any pytree."""
 
+import functools
 import re
 
 import chex
@@ -10,6 +11,7 @@ import pytest
 from statistical import assert_mean
 
 import ivon_jax
+from ivon_jax import predictive
 
 POSTERIOR = ivon_jax.Posterior(
     mean={"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)},
@@ -98,3 +100,247 @@ def test_the_number_of_samples_is_an_integer(bad, key):
     message = f"`num_samples` must be an integer, got {bad!r}."
     with pytest.raises(TypeError, match=re.escape(message)):
         ivon_jax.predict(outputs, POSTERIOR, key, num_samples=bad)
+
+
+def class_probabilities(theta):
+    """Of two examples and three classes; the last is impossible for the first."""
+    logits = theta["w"].at[0, 2].set(-jnp.inf)
+    return jax.nn.softmax(2 * logits)
+
+
+def entropy(probs):
+    """In double precision, from the definition."""
+    probs = np.asarray(probs, np.float64)
+    return -np.sum(np.where(probs > 0, probs * np.log(probs + (probs == 0)), 0), -1)
+
+
+def test_uncertainties_are_the_entropies_of_its_keys_samples(key):
+    """In nats, of the same samples that `predict` draws; with a probability of zero."""
+    result = predictive.uncertainty(class_probabilities, POSTERIOR, key, num_samples=9)
+    probs = [class_probabilities(POSTERIOR.sample(k)) for k in jax.random.split(key, 9)]
+    mean = np.mean(np.asarray(probs, np.float64), axis=0)
+    total, aleatoric = entropy(mean), np.mean([entropy(p) for p in probs], axis=0)
+    expected = predictive.Uncertainty(mean, total, aleatoric, total - aleatoric)
+    chex.assert_trees_all_close(result, expected, rtol=1e-5, atol=1e-6)
+    assert result.epistemic.min() > 1e-3
+    assert result.total.shape == (2,)
+
+
+def test_probabilities_of_uncertainty_are_those_of_predict(key):
+    result = predictive.uncertainty(class_probabilities, POSTERIOR, key, 5)
+    probs = ivon_jax.predict(class_probabilities, POSTERIOR, key, 5)
+    np.testing.assert_array_equal(result.probs, probs)
+
+
+def test_total_uncertainty_is_aleatoric_plus_epistemic(key):
+    _, total, aleatoric, epistemic = predictive.uncertainty(
+        class_probabilities, POSTERIOR, key
+    )
+    np.testing.assert_allclose(total, aleatoric + epistemic, rtol=1e-6)
+
+
+def test_certain_samples_that_disagree_are_epistemic_alone(key):
+    """Of one-hot probabilities each sample's entropy is zero, not NaN."""
+
+    def winner(theta):
+        positive = theta["w"][0, 0] > 0
+        return jnp.stack([positive, ~positive]).astype(jnp.float32)
+
+    _, total, aleatoric, epistemic = predictive.uncertainty(winner, POSTERIOR, key, 50)
+    assert aleatoric == 0
+    assert epistemic == total > 0.1
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 64, 1000])
+def test_a_point_has_no_epistemic_uncertainty(key, num_samples):
+    """Up to the rounding of sums, which never makes it negative."""
+    logits = jax.random.normal(key, (500, 7))
+    q = ivon_jax.Posterior(logits, None)
+    result = predictive.uncertainty(jax.nn.softmax, q, key, num_samples)
+    assert result.epistemic.min() >= 0
+    assert result.epistemic.max() < 1e-6 * np.log(7) * np.sqrt(num_samples)
+    np.testing.assert_allclose(result.total, result.aleatoric, rtol=1e-4)
+
+
+def test_memory_of_uncertainty_does_not_grow_with_the_number_of_samples():
+    """Up to the keys, as that of `predict`."""
+    key = jax.random.key(0)
+    q = ivon_jax.Posterior(jnp.ones((1000, 10)), jnp.ones((1000, 10)))
+
+    def temporaries(num_samples):
+        run = jax.jit(
+            lambda k: predictive.uncertainty(jax.nn.softmax, q, k, num_samples)
+        )
+        return run.lower(key).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(2), temporaries(1002)
+    assert many - few < 1000 * 100 < 1000 * q.mean.nbytes
+
+
+def test_uncertainties_are_of_single_or_double_precision(key):
+    """Of bfloat16 probabilities; and the same under jit."""
+
+    def low(theta):
+        return class_probabilities(theta).astype(jnp.bfloat16)
+
+    run = functools.partial(predictive.uncertainty, low, POSTERIOR, num_samples=4)
+    result = run(key)
+    assert {x.dtype for x in result} == {jnp.dtype("float32")}
+    chex.assert_trees_all_close(result, jax.jit(run)(key), rtol=1e-5, atol=1e-6)
+
+
+NO_PROBABILITIES = {
+    "logits": (lambda theta: theta["w"] + 10, "`fn(theta)` must sum to one"),
+    "log-probabilities": (
+        lambda theta: jax.nn.log_softmax(theta["w"]),
+        "`fn(theta)` must be non-negative, got -",
+    ),
+    "classes": (
+        lambda theta: jnp.argmax(theta["w"], axis=-1),
+        "`fn(theta)` must be floating-point, got dtype int32.",
+    ),
+    "a scalar": (
+        lambda theta: theta["w"].sum(),
+        "`fn(theta)` must have shape (..., num_classes)",
+    ),
+    "several": (
+        lambda theta: (theta["w"], theta["w"]),
+        "`fn(theta)` must be one array, got tuple. Return the predictions alone.",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"), NO_PROBABILITIES.values(), ids=NO_PROBABILITIES
+)
+def test_uncertainty_is_of_probabilities(fn, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        predictive.uncertainty(fn, POSTERIOR, jax.random.key(0), num_samples=2)
+
+
+def test_uncertainty_names_what_does_not_fit(key):
+    with pytest.raises(ValueError, match="`num_samples` must be at least 1, got 0"):
+        predictive.uncertainty(class_probabilities, POSTERIOR, key, num_samples=0)
+    with pytest.raises(TypeError, match="`posterior` must be a posterior, got dict"):
+        predictive.uncertainty(class_probabilities, POSTERIOR.mean, key)
+
+
+def affine(theta, x):
+    return x @ theta["w"] + theta["b"][None]
+
+
+def network(theta, x):
+    return jnp.tanh(affine(theta, x)) @ theta["v"]
+
+
+def problem(seed, n=9):
+    """A posterior for both models and inputs, in double precision."""
+    rng = np.random.default_rng(seed)
+    shapes = {"w": (2, 3), "b": (3,), "v": (3, 4)}
+    mean = {name: jnp.asarray(rng.normal(size=s)) for name, s in shapes.items()}
+    precision = {name: jnp.asarray(rng.uniform(1, 9, s)) for name, s in shapes.items()}
+    return ivon_jax.Posterior(mean, precision), jnp.asarray(rng.normal(size=(n, 2)))
+
+
+linearized = jax.jit(predictive.linearized, static_argnames=("fn", "chunk_size"))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.usefixtures("x64")
+def test_a_linear_model_has_its_exact_predictive(seed):
+    """The c-th output has variance sum_d x_d^2 s_dc^2 + s_c^2; outputs are apart."""
+    q, x = problem(seed)
+    result = linearized(affine, q, x)
+    variance = jax.tree.map(np.asarray, q.variance)
+    variances = np.asarray(x) ** 2 @ variance["w"] + variance["b"]
+    expected = predictive.Linearized(
+        affine(q.mean, x), np.stack([np.diag(v) for v in variances])
+    )
+    chex.assert_trees_all_close(result, expected, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 9, 100])
+@pytest.mark.usefixtures("x64")
+def test_the_covariance_of_a_network_is_that_of_its_jacobian(chunk_size):
+    """In any chunks; with a point mass."""
+    q, x = problem(0)
+    q = q._replace(precision=q.precision | {"b": None})
+    result = linearized(network, q, x, chunk_size=chunk_size)
+    jacobian = jax.jacobian(network)(q.mean, x)
+    expected = sum(
+        np.einsum(
+            "icp,p,idp->icd",
+            np.reshape(jacobian[name], (9, 4, -1)),
+            np.ravel(q.variance[name]),
+            np.reshape(jacobian[name], (9, 4, -1)),
+        )
+        for name in ("w", "v")
+    )
+    np.testing.assert_allclose(result.covariance, expected, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(result.mean, network(q.mean, x), rtol=1e-13)
+
+
+def test_predictions_of_a_linear_model_have_the_moments_of_samples(key):
+    """To five standard errors, of products for the covariance."""
+    q, x = jax.tree.map(lambda x: x.astype(jnp.float32), problem(0, n=1))
+    result = linearized(affine, q, x)
+    draws = jax.vmap(lambda theta: affine(theta, x))(q.sample(key, (20_000,)))
+    assert_mean(draws, result.mean)
+    errors = draws - result.mean[None]
+    assert_mean(errors[..., :, None] * errors[..., None, :], result.covariance)
+
+
+def test_without_variance_linearized_probabilities_are_the_softmax():
+    logits = jnp.linspace(-3.0, 3.0, 12).reshape(4, 3)
+    result = predictive.Linearized(logits, jnp.zeros((4, 3, 3))).probs()
+    np.testing.assert_allclose(result, jax.nn.softmax(logits), rtol=1e-6)
+
+
+def test_linearized_probabilities_divide_logits_by_their_own_uncertainty():
+    """Of two classes with variances v, 0 and logits m, 0 it is MacKay's sigmoid."""
+    mean, variance = 1.5, 4.0
+    covariance = jnp.array([[[variance, 0.3], [0.3, 0.0]]])
+    result = predictive.Linearized(jnp.array([[mean, 0.0]]), covariance).probs()
+    expected = 1 / (1 + np.exp(-mean / np.sqrt(1 + np.pi * variance / 8)))
+    np.testing.assert_allclose(result[0], [expected, 1 - expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("variance", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("mean", [0.5, 2.0, 5.0])
+def test_linearized_probabilities_are_near_those_of_gaussian_logits(mean, variance):
+    """The sigmoid's approximation is known to be within 0.02, by quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(200)
+    sigmoids = 1 / (1 + np.exp(-mean - np.sqrt(variance) * nodes))
+    expected = weights @ sigmoids / weights.sum()
+    covariance = jnp.array([[[variance, 0.0], [0.0, 0.0]]])
+    result = predictive.Linearized(jnp.array([[mean, 0.0]]), covariance).probs()
+    assert abs(result[0, 0] - expected) < 0.02
+
+
+def test_no_jacobian_needs_memory():
+    """It would be that of 50 x P for each example."""
+    q, x = ivon_jax.Posterior(*jnp.ones((2, 400, 50))), jnp.ones((4, 400))
+
+    def matmul(theta, x):
+        return x @ theta
+
+    def temporaries(chunk_size):
+        run = linearized.lower(matmul, q, x, chunk_size=chunk_size)
+        return run.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(1) < 3 * q.mean.nbytes
+    assert temporaries(4) < 3 * 4 * q.mean.nbytes
+
+
+def test_linearized_names_what_does_not_fit():
+    q, x = problem(0)
+    message = "`posterior` must be a Posterior, one Gaussian, got dict."
+    with pytest.raises(TypeError, match=message):
+        predictive.linearized(affine, q.mean, x)
+    with pytest.raises(ValueError, match="`chunk_size` must be at least 1, got 0"):
+        predictive.linearized(affine, q, x, chunk_size=0)
+    message = "`fn(theta, x)` must have shape (N, C), C outputs for each of N examples"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        predictive.linearized(lambda theta, x: affine(theta, x).sum(), q, x)
+    with pytest.raises(ValueError, match="`x` must have one or more examples"):
+        predictive.linearized(affine, q, jnp.ones(()))

@@ -1,0 +1,109 @@
+"""Multi-IVON: several Gaussians as one posterior."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import _checks
+from ._gaussian import Posterior
+
+
+class Mixture(NamedTuple):
+    r"""The equal-weight mixture :math:`q(\theta) = \frac{1}{M} \sum_k q_k(\theta)`.
+
+    Its members are posteriors of independent runs: of other seeds, other data, or one
+    program under `jax.vmap`. `predict` and `uncertainty` take it like a `Posterior`,
+    and draw as often from each member.
+
+    >>> q = Posterior(mean=jnp.ones(2), precision=jnp.ones(2))
+    >>> mixture = Mixture([q, q._replace(mean=-jnp.ones(2))])
+    >>> mixture.sample(jax.random.key(0)).shape
+    (2,)
+
+    Attributes:
+      posteriors: M posteriors over the same tree; or one whose arrays have a leading
+        axis of M members, as ``jax.vmap(ivon_jax.posterior)`` returns it, which may be
+        spread over devices.
+
+    Its methods raise TypeError or ValueError if there are no posteriors, or of several
+    trees.
+    """
+
+    posteriors: Posterior | Sequence[Posterior]
+
+    @property
+    def stacked(self) -> Posterior:
+        """All members as one Posterior, each array with a leading axis of M."""
+        _checks.members(self.posteriors, Posterior)
+        if isinstance(self.posteriors, Posterior):
+            return self.posteriors
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *self.posteriors)
+
+    @property
+    def num_members(self) -> int:
+        """M."""
+        return len(jax.tree.leaves(self.stacked.mean)[0])
+
+    def member(self, index: jax.typing.ArrayLike) -> Posterior:
+        """Return the Gaussian of this index, which may be an array."""
+        return jax.tree.map(lambda x: x[index], self.stacked)
+
+    def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> optax.Params:
+        r"""Draw :math:`\theta \sim q`, each time from a member drawn at random.
+
+        >>> q = Posterior(mean=jnp.zeros(2), precision=jnp.ones(2))
+        >>> Mixture([q, q]).sample(jax.random.key(0), shape=(5,)).shape
+        (5, 2)
+
+        Args:
+          key: a JAX random key.
+          shape: leading axes of independent draws.
+
+        Returns:
+          A tree like the mean of a member, each array of ``shape`` and its own.
+        """
+
+        def draw(key):
+            member_key, noise_key = jax.random.split(key)
+            index = jax.random.randint(member_key, (), 0, self.num_members)
+            return self.member(index).sample(noise_key)
+
+        for _ in shape:
+            draw = jax.vmap(draw)
+        return draw(jax.random.split(key, shape) if shape else key)
+
+    def strata(self, key: jax.Array, num_samples: int) -> jax.Array:
+        """Choose members for samples, each as often as the others.
+
+        Where M does not divide `num_samples`, the rest falls to random ones, so that
+        means over the samples are unbiased. Stratified means have less variance than
+        those of `sample`: none of it comes from the choice of members.
+
+        >>> q = Posterior(mean=jnp.zeros((3, 2)), precision=jnp.ones((3, 2)))
+        >>> members = Mixture(q).strata(jax.random.key(0), num_samples=6)
+        >>> print(jnp.bincount(members))
+        [2 2 2]
+
+        Args:
+          key: a JAX random key.
+          num_samples: S, at least one.
+
+        Returns:
+          Indices of members, of shape (S,).
+        """
+        _checks.integer_between("num_samples", num_samples, 1)
+        first = jax.random.randint(key, (), 0, self.num_members)
+        return (first + jnp.arange(num_samples)) % self.num_members
+
+    def log_prob(self, theta: optax.Params) -> jax.Array:
+        r"""Log-density :math:`\log q(\theta)` in nats, without the point masses.
+
+        >>> q = Posterior(mean=jnp.zeros(2), precision=jnp.full(2, 2 * jnp.pi))
+        >>> print(Mixture([q, q]).log_prob(jnp.zeros(2)))
+        0.0
+        """
+        densities = jax.vmap(lambda q: q.log_prob(theta))(self.stacked)
+        return jax.nn.logsumexp(densities) - jnp.log(self.num_members)
