@@ -1,0 +1,253 @@
+"""Optimizer states and posteriors: what IVON trains, its priors and curvatures."""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .scalars import concrete, non_negative
+from .trees import is_masked, like, non_negative_array
+
+
+def one_curvature(sample, hess, grads, estimate_type):
+    """Reject an update that has no source for the Hessian, or several."""
+    sources = {"sample": sample, "hess": hess, "an `Estimate` for `grads`": None}
+    if isinstance(grads, estimate_type):
+        sources["an `Estimate` for `grads`"] = grads
+    given = [name for name, source in sources.items() if source is not None]
+    if len(given) != 1:
+        raise ValueError(
+            "`update` needs exactly one source of the Hessian, got "
+            f"{' and '.join(given) or 'none'}. Pass `sample=theta`, the theta of "
+            "`ivon_jax.sample(key, params, opt_state)` where the gradient was taken, "
+            "or `hess=`, an estimate of the Hessian diagonal, or the `Estimate` of "
+            "`ivon_jax.value_and_grad` in the place of the gradients."
+        )
+
+
+def has_params(params):
+    """Reject an update without the mean."""
+    if params is None:
+        raise ValueError(
+            "`update` needs `params`, the posterior mean, got None. Call "
+            "`tx.update(grads, opt_state, params, sample=theta)`."
+        )
+
+
+def one_state(state):
+    """Reject a batch of states, which would broadcast along the wrong axes."""
+    if jnp.shape(state.ess):
+        raise ValueError(
+            "`opt_state` must be one state, got a batch of shape "
+            f"{jnp.shape(state.ess)}. Call under `jax.vmap`."
+        )
+
+
+def some_state(states):
+    """Reject an optimizer state without IVON."""
+    if not states:
+        raise ValueError(
+            "`opt_state` must contain the state of `ivon_jax.ivon` or "
+            "`ivon_jax.scale_by_ivon`, got none. Pass the state that `tx.init(params)` "
+            "or `tx.update(...)` returned."
+        )
+
+
+def one_owner(param, *precisions):
+    """Return the precision of the one state that owns `param`, None where none does."""
+    owned = [precision for precision in precisions if precision is not None]
+    if len(owned) > 1:
+        raise ValueError(
+            f"`opt_state` must have one IVON state for each parameter, got "
+            f"{len(owned)} for a parameter of shape {jnp.shape(param)}. Keep them "
+            "apart with `optax.partition`."
+        )
+    return owned[0] if owned else None
+
+
+def posterior_to_sample(posterior):
+    """Reject what has no samples, the parameters above all."""
+    if not hasattr(posterior, "sample"):
+        raise TypeError(
+            f"`posterior` must be a posterior, got {type(posterior).__name__}. Pass "
+            "`ivon_jax.posterior(params, opt_state)`."
+        )
+
+
+def gaussian(name, value, posterior_type):
+    """Reject what has no divergence to another Gaussian in closed form."""
+    if not isinstance(value, posterior_type):
+        raise TypeError(
+            f"`{name}` must be a Posterior, one Gaussian, got {type(value).__name__}. "
+            f"Pass `ivon_jax.{name}(params, opt_state)`."
+        )
+
+
+def same_point_masses(posterior, prior):
+    """Reject two Gaussians with a divergence that is infinite by structure."""
+
+    def check(path, _, precision, prior_precision):
+        if (precision is None) != (prior_precision is None):
+            raise ValueError(
+                "`prior.precision` must be None where the posterior's is, got one None "
+                f"of two at mean{jax.tree_util.keystr(path)}."
+            )
+
+    jax.tree_util.tree_map_with_path(
+        check, posterior.mean, posterior.precision, prior.precision
+    )
+
+
+def natural_parameters(natural):
+    """Reject what is of no Gaussian: the quadratic ones are negative."""
+    structure = jax.tree.structure(natural.linear)
+    try:
+        leaves = structure.flatten_up_to(natural.quadratic)
+    except ValueError:
+        raise ValueError(
+            "`natural.quadratic` must have the tree structure of `natural.linear`, got"
+            f"\n{jax.tree.structure(natural.quadratic)}\nwhere `natural.linear` has\n"
+            f"{structure}."
+        ) from None
+    for leaf in leaves:
+        values = None if leaf is None else concrete(leaf)
+        if values is not None and not np.all(values < 0):
+            raise ValueError(
+                "`natural.quadratic` must be negative, -1 / (2 variance), got "
+                f"{values.max()}. Was more taken out than was there?"
+            )
+
+
+def one_prior(prior, posterior_type, weight_decay, default):
+    """Reject a prior that is no Gaussian, or two priors."""
+    if prior is None:
+        return
+    if not isinstance(prior, posterior_type):
+        raise TypeError(
+            f"`prior` must be a Posterior, got {type(prior).__name__}. Pass "
+            "`ivon_jax.posterior(params, opt_state)`, or around weights "
+            "`ivon_jax.Posterior.isotropic(weights, ess * weight_decay)`."
+        )
+    if isinstance(weight_decay, float) and weight_decay != default:
+        raise ValueError(
+            f"`weight_decay` must be left out where `prior` is given, got "
+            f"{weight_decay}. To narrow the prior, use `prior.tempered(temperature)`."
+        )
+
+
+def prior_precision(precision, params):
+    """Return the prior's precision where `params` are, non-negative, nowhere None."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)
+    try:
+        values = structure.flatten_up_to(precision)
+    except ValueError:
+        leaves = values = []  # another tree: `like` will say so
+    for (path, param), value in zip(leaves, values, strict=True):
+        where = f"prior.precision{jax.tree_util.keystr(path)}"
+        if value is None and not is_masked(param):
+            raise ValueError(
+                "`prior.precision` must be an array for each parameter that IVON "
+                f"trains, got None at {where}: it could never move. Leave it out with "
+                "`optax.masked`."
+            )
+        non_negative_array(where, None if is_masked(param) else value)
+    return like("prior.precision", precision, "`params`", params)
+
+
+def members(posteriors, posterior_type):
+    """Reject what is no mixture: nothing, or Gaussians over several trees."""
+    if isinstance(posteriors, posterior_type):
+        lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(posteriors)}
+        if len(lengths) != 1 or lengths == {()}:
+            raise ValueError(
+                "`posteriors` must have one leading axis of members in every array, "
+                f"got lengths {sorted(lengths)}. Of one posterior, pass a list."
+            )
+        return
+    if not isinstance(posteriors, (list, tuple)):
+        raise TypeError(
+            "`posteriors` must be a list of posteriors, or a stacked one, got "
+            f"{type(posteriors).__name__}."
+        )
+    if not posteriors:
+        raise ValueError("`posteriors` must have at least one member, got none.")
+    for i, q in enumerate(posteriors):
+        if not isinstance(q, posterior_type):
+            raise TypeError(
+                f"`posteriors[{i}]` must be a posterior, got {type(q).__name__}. Pass "
+                "`ivon_jax.posterior(params, opt_state)`."
+            )
+        like(f"posteriors[{i}]", q, "`posteriors[0]`", posteriors[0])
+
+
+def some_precision(posterior):
+    """Reject a posterior with nothing to rank."""
+    if not jax.tree.leaves(posterior.precision):
+        raise ValueError(
+            "`posterior` must have a precision for some array, got point masses alone. "
+            "Was it made of the state of `ivon_jax.ivon`?"
+        )
+
+
+def some_entries(arrays):
+    """Reject parameters of which IVON trains none."""
+    if not sum(x.mean.size for x in arrays):
+        raise ValueError(
+            "`params` must have an entry that IVON trains, got none: its arrays are "
+            "empty, or all left out with `optax.masked`."
+        )
+
+
+def curvature(name, hess, reference_name, reference):
+    """Return non-negative `hess` like `reference`, None for None or masked parts."""
+    if isinstance(hess, numbers.Real) or getattr(hess, "shape", None) == ():
+        number = non_negative(name, hess)
+        return jax.tree.map(lambda _: number, reference)
+
+    def unknown(node):
+        return node is None or is_masked(node)
+
+    def fill(h, part):
+        return part if unknown(h) else h
+
+    try:
+        whole = jax.tree.map(fill, hess, reference, is_leaf=unknown)
+    except ValueError:
+        whole = hess
+    like(name, whole, reference_name, reference)
+    for path, h in jax.tree_util.tree_leaves_with_path(hess):
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if not jnp.issubdtype(jnp.result_type(h), jnp.floating):
+            raise TypeError(
+                f"`{name}` must be real floating-point arrays, got "
+                f"{jnp.result_type(h)} at {where}."
+            )
+        values = concrete(jnp.asarray(h))
+        if values is None or not values.size:
+            continue
+        if not (values.min() >= 0 and values.max() < np.inf):
+            bad = values.max() if values.min() >= 0 else values.min()
+            raise ValueError(
+                f"`{name}` must be non-negative and finite, got {bad} at {where}. "
+                "IVON's `h` may fall to minus the weight decay: use the precision of "
+                "`ivon_jax.posterior`, or `jnp.maximum(h, 0)`."
+            )
+    return jax.tree.map(
+        lambda h, part: jax.tree.map(lambda _: None, part) if unknown(h) else h,
+        hess,
+        reference,
+        is_leaf=unknown,
+    )
+
+
+def some_curvature(path, total):
+    """Reject a sum of Hessians that cannot be divided by."""
+    values = concrete(total)
+    if values is not None and not (np.all(values > 0) and np.all(values < np.inf)):
+        bad = values.max() if np.all(values > 0) else values.min()
+        raise ValueError(
+            "`base_hessian` plus the sum of `hessians` must be positive and finite, "
+            f"got {bad} at base{jax.tree_util.keystr(path)}. Pass a positive "
+            "`base_hessian`, such as the prior's precision."
+        )

@@ -1,0 +1,173 @@
+"""Trees of arrays: parameters, and what must be shaped like them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .scalars import _scalar, concrete
+
+
+def is_masked(node):
+    """Whether `node` stands for parameters that `optax.masked` took away."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def like(name, tree, reference_name, reference):
+    """Return `tree` with the structure, masks included, and shapes of `reference`."""
+    try:
+        tree = jax.tree.map(
+            lambda p, x: p if is_masked(p) else x, reference, tree, is_leaf=is_masked
+        )
+        same = jax.tree.structure(tree) == jax.tree.structure(reference)
+    except ValueError:
+        same = False
+    if not same:
+        raise ValueError(
+            f"`{name}` must have the tree structure of {reference_name}, got\n"
+            f"{jax.tree.structure(tree)}\nwhere {reference_name} has\n"
+            f"{jax.tree.structure(reference)}."
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(reference)
+    for (path, p), x in zip(leaves, jax.tree.leaves(tree), strict=True):
+        if jnp.shape(x) != jnp.shape(p):
+            raise ValueError(
+                f"`{name}` must have the shapes of {reference_name}, got "
+                f"{jnp.shape(x)} at {name}{jax.tree_util.keystr(path)}, where "
+                f"{reference_name} has {jnp.shape(p)}."
+            )
+    return tree
+
+
+def mask_of(name, mask, tree):
+    """Return a tree of booleans like `tree` from one that may be a prefix of it."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
+        if not isinstance(leaf, (bool, np.bool_)):
+            raise TypeError(
+                f"`{name}` must have leaves True or False, got {leaf!r} at "
+                f"{name}{jax.tree_util.keystr(path)}."
+            )
+    try:
+        return jax.tree.map(lambda k, t: jax.tree.map(lambda _: k, t), mask, tree)
+    except ValueError:
+        raise ValueError(
+            f"`{name}` must be a tree prefix of the posterior's mean, got\n"
+            f"{jax.tree.structure(mask)}\nwhere the mean has\n"
+            f"{jax.tree.structure(tree)}."
+        ) from None
+
+
+def keep_like(name, mask, reference_name, reference):
+    """Return booleans like `reference`; single ones hold for a whole array."""
+
+    def is_none(node):
+        return node is None
+
+    def whole(param, keep):
+        single = isinstance(keep, (bool, np.bool_)) or getattr(keep, "shape", 0) == ()
+        return param if param is None or single else keep
+
+    def kept(param, keep):
+        return None if param is None else keep
+
+    try:
+        filled = jax.tree.map(whole, reference, mask, is_leaf=is_none)
+    except ValueError:
+        filled = mask
+    like(name, filled, reference_name, reference)
+    for path, keep in jax.tree_util.tree_leaves_with_path(mask):
+        if jnp.result_type(keep) != jnp.bool_:
+            raise TypeError(
+                f"`{name}` must be booleans, True for what is kept, got "
+                f"{jnp.result_type(keep)} at {name}{jax.tree_util.keystr(path)}."
+            )
+    return jax.tree.map(kept, reference, mask, is_leaf=is_none)
+
+
+def floating_leaves(params):
+    """Reject parameters that no Gaussian can have: integers, booleans, complex."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"`params` must be real floating-point arrays, got {dtype} at "
+                f"params{jax.tree_util.keystr(path)}. Leave it out with `optax.masked` "
+                "or `optax.partition`."
+            )
+
+
+def floating_tree(name, tree):
+    """Reject a tree with arrays that no difference can be scaled of."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"`{name}` must be real floating-point arrays, got {dtype} at "
+                f"{name}{jax.tree_util.keystr(path)}. Pass the parameters alone."
+            )
+
+
+def list_of_trees(name, value, count=None):
+    """Reject what is no list of one tree for each model."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(
+            f"`{name}` must be a list of trees, one for each model, got "
+            f"{type(value).__name__}."
+        )
+    if not value:
+        raise ValueError(f"`{name}` must have at least one tree, got none.")
+    if count is not None and len(value) != count:
+        raise ValueError(
+            f"`{name}` must have one tree for each of the {count} models in "
+            f"`finetuned`, got {len(value)}."
+        )
+
+
+def scales(name, value, count):
+    """Return one finite number for each of `count` models."""
+    is_list = isinstance(value, (list, tuple))
+    if not is_list and not getattr(value, "ndim", 0):
+        return [_scalar(name, value)[0]] * count
+    length = len(value)
+    if length != count:
+        raise ValueError(
+            f"`{name}` must be one number, or one for each of the {count} models in "
+            f"`finetuned`, got {length}."
+        )
+    return [_scalar(f"{name}[{i}]", scale)[0] for i, scale in enumerate(value)]
+
+
+def non_negative_array(name, array):
+    """Reject concrete values that are negative, infinite or NaN."""
+    values = None if array is None else concrete(jnp.asarray(array))
+    if values is not None and not (np.all(values >= 0) and np.all(values < np.inf)):
+        raise ValueError(
+            f"`{name}` must be non-negative and finite, got {values.min()} to "
+            f"{values.max()}."
+        )
+
+
+def divisible(name, count, arrays):
+    """Reject arrays that do not fall into `count` slices of one length."""
+    if not arrays:
+        raise ValueError(
+            f"`{name}` needs a batch to cut into {count}, got no array with an axis in "
+            "`args`."
+        )
+    for array in arrays:
+        if array.shape[0] % count:
+            raise ValueError(
+                f"`{name}` must divide the first axis of every array in `args`, got "
+                f"{count} for an array of shape {array.shape}."
+            )
+
+
+def batch_size(args):
+    """Return the one length of the first axes of the arrays in `args`."""
+    lengths = {x.shape[0] for x in jax.tree.leaves(args) if getattr(x, "ndim", 0)}
+    if len(lengths) != 1:
+        raise ValueError(
+            '`hess_estimator`="gauss_newton" needs the examples along the first axis '
+            f"of every array in `args`, got lengths {sorted(lengths)}."
+        )
+    return lengths.pop()
