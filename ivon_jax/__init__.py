@@ -3,12 +3,21 @@
 import importlib
 from typing import Any
 
-from . import metrics as metrics
+from . import (
+    diagnostics as diagnostics,
+    merging as merging,
+    metrics as metrics,
+    pruning as pruning,
+    sensitivity as sensitivity,
+)
+from ._gaussian import NaturalParameters as NaturalParameters, Posterior as Posterior
 from ._gradients import value_and_grad as value_and_grad
+from ._mixture import Mixture as Mixture
+from ._objective import evidence_lower_bound as evidence_lower_bound
 from ._posterior import (
-    Posterior as Posterior,
     find_states as find_states,
     posterior as posterior,
+    prior as prior,
     sample as sample,
 )
 from ._transform import (
@@ -17,7 +26,13 @@ from ._transform import (
     ivon as ivon,
     scale_by_ivon as scale_by_ivon,
 )
-from .predictive import predict as predict
+from .predictive import (
+    Linearized as Linearized,
+    Uncertainty as Uncertainty,
+    linearized as linearized,
+    predict as predict,
+    uncertainty as uncertainty,
+)
 
 __version__ = "0.1.0"
 
