@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _checks, _rules
+from . import _checks, _rules, _sharding
 
 
 class NaturalParameters(NamedTuple):
@@ -228,15 +228,16 @@ class Posterior(NamedTuple):
           ValueError: a parameter is a point mass in one of the two alone, where the
             divergence is infinite.
         """
+        _checks.gaussian("prior", prior, Posterior)
         _checks.like("prior.mean", prior.mean, "the posterior's mean", self.mean)
         _checks.same_point_masses(self, prior)
 
         def divergence(mean, precision, prior_mean, prior_precision):
             means = (mean, prior_mean)
             mean, prior_mean = (jnp.asarray(m, precision.dtype) for m in means)
-            ratio = prior_precision / precision
+            excess = (prior_precision - precision) / precision
             shift = prior_precision * (mean - prior_mean) ** 2
-            return 0.5 * jnp.sum(ratio - jnp.log(ratio) + shift - 1)
+            return 0.5 * jnp.sum(excess - jnp.log1p(excess) + shift)
 
         return _total(map_arrays(divergence, self, prior.mean, prior.precision))
 
@@ -251,23 +252,13 @@ def standard_normal(q: Posterior, key: jax.Array) -> optax.Params:
         keys.append(leaf_key)
 
     def draw(mean, precision, leaf_key):
-        sharding = _sharding_in_type(mean)
+        # Without its sharding every device would draw the noise of all.
+        sharding = _sharding.in_type(mean)
         return jax.random.normal(
             leaf_key, mean.shape, precision.dtype, out_sharding=sharding
         )
 
     return map_arrays(draw, q, structure.unflatten(keys))
-
-
-def _sharding_in_type(x):
-    """Where the mesh is explicit, the sharding to draw noise for `x` in.
-
-    Without it every device would draw the noise of all. An automatic mesh needs no
-    word, and an array outside of ``jit`` has no mesh to draw in.
-    """
-    sharding = jax.typeof(x).sharding
-    explicit = isinstance(x, jax.core.Tracer) and not sharding.mesh.empty
-    return sharding if explicit else None
 
 
 def drawn(
@@ -287,6 +278,7 @@ def drawn(
 
 def map_arrays(fn, q, *rest, point_mass=lambda _: None):
     """Map `fn` over mean, precision and `rest`, `point_mass` over the other means."""
+    _checks.precision_like_mean(q)
 
     def leaf(mean, precision, *values):
         if precision is None:

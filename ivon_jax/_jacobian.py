@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _checks
+from . import _checks, _sharding
 from ._gaussian import Posterior
 
 
@@ -80,7 +80,8 @@ def linearize(
             for i, value in zip(trained, values, strict=True):
                 leaves[i] = value.astype(jnp.result_type(mean[i]))
             [output] = fn(structure.unflatten(leaves), batch)
-            return output.astype(np.promote_types(output.dtype, np.float32))
+            wide = output.astype(np.promote_types(output.dtype, np.float32))
+            return _sharding.whole(wide)
 
         output, push = jax.linearize(outputs, center)
         transpose = jax.linear_transpose(push, center)
@@ -96,42 +97,3 @@ def num_outputs(fn, q, x):
         return jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype)
 
     return _checks.outputs_of_one(jax.eval_shape(fn, q.mean, jax.tree.map(one, x)))
-
-
-def map_examples(fn, examples, chunk_size):
-    """Map `fn` over the first axis of `examples`, `chunk_size` of them at once."""
-    size = len(jax.tree.leaves(examples)[0])
-    whole = size - size % chunk_size
-    parts = [
-        _map_chunks(fn, jax.tree.map(lambda x, rows=rows: x[rows], examples), length)
-        for rows, length in (
-            (slice(whole), min(chunk_size, whole)),
-            (slice(whole, size), size - whole),
-        )
-        if length
-    ]
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
-
-
-def _map_chunks(fn, examples, length):
-    """Map `fn` over chunks of equal length.
-
-    A chunk has the rows ``j::count``, so that those of arrays sharded along their first
-    axis are sharded alike: of contiguous rows, few of the devices would have any.
-    """
-
-    def split(x):
-        return x.reshape(length, x.shape[0] // length, *x.shape[1:])
-
-    def join(x):
-        return x.swapaxes(0, 1).reshape(x.shape[0] * length, *x.shape[2:])
-
-    def of_chunk(j):
-        def rows(x):
-            return jax.lax.dynamic_index_in_dim(x, j, axis=1, keepdims=False)
-
-        return jax.vmap(fn)(jax.tree.map(rows, chunks))
-
-    chunks = jax.tree.map(split, examples)
-    count = jax.tree.leaves(chunks)[0].shape[1]
-    return jax.tree.map(join, jax.lax.map(of_chunk, jnp.arange(count)))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks
+from . import _checks, _sharding
 from ._gaussian import Posterior
 
 
@@ -49,7 +49,7 @@ class Mixture(NamedTuple):
 
     def member(self, index: jax.typing.ArrayLike) -> Posterior:
         """Return the Gaussian of this index, which may be an array."""
-        return jax.tree.map(lambda x: x[index], self.stacked)
+        return jax.tree.map(lambda x: _sharding.row(x, index), self.stacked)
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> optax.Params:
         r"""Draw :math:`\theta \sim q`, each time from a member drawn at random.

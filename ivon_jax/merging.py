@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _checks
+from . import _checks, _chunks, _sharding
 from ._mean import scan_mean
 
 
@@ -147,7 +147,8 @@ def diagonal_fisher(
       inputs: a pytree of arrays, the data set's examples along their first axes.
       num_samples: S, labels for each example; each costs a backward pass.
       chunk_size: examples to evaluate at once, with memory for one gradient each. With
-        `inputs` sharded over devices, make it a multiple of their number.
+        `inputs` sharded over devices, make it a multiple of their number that divides
+        the number of examples.
 
     Returns:
       A tree like `params`, float32 or wider: a sum over the data set.
@@ -159,12 +160,13 @@ def diagonal_fisher(
     _checks.integer_between("chunk_size", chunk_size, 1)
     _checks.floating_leaves(params)
     inputs = jax.tree.map(jnp.asarray, inputs)
-    size = _checks.number_of_examples(inputs=inputs)
+    _checks.number_of_examples(inputs=inputs)
     # Or else `jax.shard_map` sums gradients over devices before they are squared.
     zero = jnp.zeros_like(jax.tree.leaves(inputs)[0], shape=())
     params = jax.tree.map(lambda p: p + zero.astype(jnp.result_type(p)), params)
 
-    def squared_gradient(index, example):
+    def squared_gradient(index_and_example):
+        index, example = index_and_example
         batch = jax.tree.map(lambda x: x[None], example)
         logits, pull = jax.vjp(lambda theta: fn(theta, batch), params)
         _checks.outputs_of_one(logits)
@@ -176,7 +178,8 @@ def diagonal_fisher(
         keys = jax.random.split(jax.random.fold_in(key, index), num_samples)
         return scan_mean(square, keys)
 
-    return _sum_over_examples(squared_gradient, inputs, size, min(chunk_size, size))
+    indices = _sharding.positions(jax.tree.leaves(inputs)[0])
+    return _chunks.sum_examples(squared_gradient, (indices, inputs), chunk_size)
 
 
 def _errors(key, logits):
@@ -185,31 +188,6 @@ def _errors(key, logits):
     labels = jax.random.categorical(key, wide)
     one_hot = jax.nn.one_hot(labels, wide.shape[-1], dtype=wide.dtype)
     return (jax.nn.softmax(wide) - one_hot).astype(logits.dtype)
-
-
-def _sum_over_examples(fn, examples, size, chunk_size):
-    """Sum ``fn(index, example)``, `chunk_size` examples at once."""
-    count, rest = divmod(size, chunk_size)
-    whole = size - rest
-    # Rows ``j::count`` of arrays sharded along their first axis are sharded alike.
-    strided = jax.tree.map(
-        lambda x: x[:whole].reshape(chunk_size, count, *x.shape[1:]), examples
-    )
-
-    def of_chunk(indices, rows):
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(fn)(indices, rows))
-
-    def include(j, total):
-        rows = jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, j, 1, keepdims=False), strided
-        )
-        chunk = of_chunk(j + count * jnp.arange(chunk_size), rows)
-        return jax.tree.map(jnp.add, total, chunk)
-
-    last = jnp.arange(whole, size), jax.tree.map(lambda x: x[whole:], examples)
-    shapes = jax.eval_shape(of_chunk, *last)
-    total = of_chunk(*last) if rest else jax.tree.map(jnp.zeros_like, shapes)
-    return jax.lax.fori_loop(0, count, include, total)
 
 
 def _checked_scales(base, finetuned, scale):

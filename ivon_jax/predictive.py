@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _checks, _jacobian
+from . import _checks, _chunks, _jacobian
 from ._gaussian import Posterior
 from ._mean import scan_mean
 from ._mixture import Mixture
@@ -169,7 +169,8 @@ def linearized(
       posterior: what `ivon_jax.posterior` returns; point masses have no variance.
       x: a pytree of arrays, the N examples along their first axes.
       chunk_size: how many examples to evaluate at once. Memory grows with `chunk_size`
-        times P. With `x` sharded over devices, make it a multiple of their number.
+        times P. With `x` sharded over devices, make it a multiple of their number
+        that divides N.
 
     Returns:
       A `Linearized`: ``mean`` (N, C) and ``covariance`` (N, C, C), float32 or wider.
@@ -193,7 +194,7 @@ def linearized(
         outputs = of_example(example)
         return Linearized(outputs.mean, outputs.covariance())
 
-    return _jacobian.map_examples(moments, x, chunk_size)
+    return _chunks.map_examples(moments, x, chunk_size)
 
 
 def _mean_over_samples(fn, posterior, key, num_samples):
@@ -218,7 +219,9 @@ def _mean_over_samples(fn, posterior, key, num_samples):
 
 def _entropy(probs):
     """Entropy over the last axis in nats, where 0 log 0 is 0."""
-    return jnp.sum(jax.scipy.special.entr(probs), axis=-1)
+    # Not `entr`, whose derivative at 0 is infinite.
+    positive = jnp.where(probs > 0, probs, 1.0)
+    return -jnp.sum(probs * jnp.log(positive), axis=-1)
 
 
 def _at_least_float32(x):

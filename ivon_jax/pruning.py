@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _checks
+from . import _checks, _sharding
 from ._gaussian import Posterior
 
 
@@ -210,14 +210,17 @@ def _ranks(scores):
     ]
     _checks.not_empty("scores", *arrays)
     dtype = functools.reduce(np.promote_types, (x.dtype for x in arrays), np.float32)
-    flat = jnp.concatenate([x.astype(dtype).ravel() for x in arrays])
+    flat = jnp.concatenate([_sharding.whole(x.astype(dtype)).ravel() for x in arrays])
     order = jnp.argsort(flat, stable=True)
     ranks = (
         jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=order.dtype))
     )
     parts = jnp.split(ranks, np.cumsum([x.size for x in arrays])[:-1])
     return structure.unflatten(
-        [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)]
+        [
+            _sharding.back(part.reshape(x.shape), x)
+            for part, x in zip(parts, arrays, strict=True)
+        ]
     )
 
 

@@ -34,7 +34,8 @@ They share their arguments:
   :math:`V_i e_i` is a product of elements, as in the paper's CIFAR-10 runs (appendix
   D.4). It costs C backward passes for each example, not one.
 * ``chunk_size``: how many examples to evaluate at once. Memory grows with `chunk_size`
-  times P. With `x` sharded over devices, make it a multiple of their number.
+  times P. With `x` sharded over devices, make it a multiple of their number that
+  divides N.
 
 Each raises TypeError or ValueError for arguments that do not fit.
 
@@ -51,7 +52,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _jacobian
+from . import _checks, _chunks, _jacobian
 from ._gaussian import Posterior
 
 _cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -88,7 +89,11 @@ def deviations(
     Returns:
       (N, C), in the units of the outputs, float32 or wider.
     """
-    return _evaluate(fn, posterior, x, y, loss, diagonal, chunk_size)[1]
+
+    def result(_outputs, deviation, _y):
+        return deviation
+
+    return _evaluate(result, fn, posterior, x, y, loss, diagonal, chunk_size)
 
 
 def sensitivities(
@@ -123,8 +128,11 @@ def sensitivities(
     Returns:
       (N,), the Euclidean norms of `deviations`.
     """
-    _, deviation = _evaluate(fn, posterior, x, y, loss, diagonal, chunk_size)
-    return jnp.linalg.norm(deviation, axis=-1)
+
+    def result(_outputs, deviation, _y):
+        return jnp.linalg.norm(deviation)
+
+    return _evaluate(result, fn, posterior, x, y, loss, diagonal, chunk_size)
 
 
 def leave_one_out_logits(
@@ -160,8 +168,11 @@ def leave_one_out_logits(
     Returns:
       (N, C), like the outputs, float32 or wider.
     """
-    outputs, deviation = _evaluate(fn, posterior, x, y, loss, diagonal, chunk_size)
-    return outputs + deviation
+
+    def result(outputs, deviation, _y):
+        return outputs + deviation
+
+    return _evaluate(result, fn, posterior, x, y, loss, diagonal, chunk_size)
 
 
 def leave_one_out_loss(
@@ -198,13 +209,16 @@ def leave_one_out_loss(
     Returns:
       A scalar, the mean over examples.
     """
-    outputs, deviation = _evaluate(fn, posterior, x, y, loss, diagonal, chunk_size)
-    labels = jax.tree.map(jnp.asarray, y)
-    return jnp.mean(jax.vmap(loss)(outputs + deviation, labels))
+
+    def result(outputs, deviation, y):
+        return loss(outputs + deviation, y)
+
+    losses = _evaluate(result, fn, posterior, x, y, loss, diagonal, chunk_size)
+    return jnp.mean(losses)
 
 
-def _evaluate(fn, posterior, x, y, loss, diagonal, chunk_size):
-    """Outputs and deviations, both (N, C)."""
+def _evaluate(result, fn, posterior, x, y, loss, diagonal, chunk_size):
+    """Map ``result(outputs, deviation, y)`` over the examples."""
     _checks.gaussian("posterior", posterior, Posterior)
     _checks.boolean("diagonal", diagonal)
     _checks.integer_between("chunk_size", chunk_size, 1)
@@ -221,7 +235,7 @@ def _evaluate(fn, posterior, x, y, loss, diagonal, chunk_size):
         _checks.loss_of_example(loss(outputs.mean, y))
         error = jax.grad(loss)(outputs.mean, y)
         if diagonal:
-            return outputs.mean, outputs.covariance_diagonal() * error
-        return outputs.mean, outputs.covariance_times(error)
+            return result(outputs.mean, outputs.covariance_diagonal() * error, y)
+        return result(outputs.mean, outputs.covariance_times(error), y)
 
-    return _jacobian.map_examples(of_example, (x, y), chunk_size)
+    return _chunks.map_examples(of_example, (x, y), chunk_size)

@@ -23,7 +23,7 @@ from eight_devices import (
 from jax.sharding import PartitionSpec as P
 
 import ivon_jax
-from ivon_jax import predictive, sensitivity
+from ivon_jax import merging, predictive, pruning, sensitivity
 
 PARAMS = {"w": normal(6, 32) / 2, "v": normal(32, 4) / 4}
 SPECS = {"w": P(None, "model"), "v": P("model", None)}
@@ -71,6 +71,50 @@ def differences():
     return found
 
 
+def linear(theta, x):
+    return x @ theta
+
+
+def of_the_rest(q, members, head, x, keys):
+    """What else must find its way through shardings in the types of arrays."""
+    fisher = merging.diagonal_fisher
+    mixture = ivon_jax.Mixture(members)
+    return {
+        "kept": pruning.prune(q, pruning.by_variance(q, 0.3)),
+        "curve": pruning.curve(lambda theta: theta["w"].sum(), q, [0.2, 0.5]),
+        "fisher": fisher(linear, jnp.ones((6, 4)), keys[0], x, chunk_size=16),
+        "drawn": mixture.sample(keys[1], (3,)),
+        "mean": ivon_jax.predict(lambda theta: theta, mixture, keys[2], 16),
+        "sensitivities": sensitivity.sensitivities(linear, head, widen(X), Y),
+        "linearized": predictive.linearized(linear, head, widen(X)).mean,
+    }
+
+
+@double_precision
+def explicit_differences():
+    """From one device: sharded members, and outputs that are sharded by class."""
+    mesh = make_mesh(KINDS["Explicit"], DEVICES)
+    gaussians = widen(
+        (
+            ivon_jax.Posterior(PARAMS, PRECISION),
+            ivon_jax.Posterior(normal(8, 6, 4), 1 + normal(8, 6, 4) ** 2),
+            ivon_jax.Posterior(normal(6, 16), 1 + normal(6, 16) ** 2),
+        )
+    )
+    keys = jax.random.split(jax.random.key(0), 3)
+    alone = jax.jit(of_the_rest)(*gaussians, widen(X), keys)
+    q, members, head = gaussians
+    q = [place(mesh, tree, {"w": P(None, "data"), "v": P("data")}) for tree in q]
+    members, head = (
+        ivon_jax.Posterior(*place(mesh, tuple(pair), spec))
+        for pair, spec in ((members, P("data")), (head, P(None, "data")))
+    )
+    with jax.set_mesh(mesh):
+        x = place(mesh, widen(X), P("data"))
+        run = jax.jit(of_the_rest)(ivon_jax.Posterior(*q), members, head, x, keys)
+    return {name: difference(run[name], alone[name]) for name in alone}
+
+
 def sent():
     """What devices send each other where each has examples of its own."""
     mesh = make_mesh(KINDS["Auto"], DEVICES)
@@ -81,4 +125,7 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    print(json.dumps({fact.__name__: fact() for fact in (differences, sent)}))
+    facts = [differences, sent]
+    # On an explicit mesh older versions cannot map over sharded examples.
+    facts += [explicit_differences] * (jax.__version_info__ >= (0, 10))
+    print(json.dumps({fact.__name__: fact() for fact in facts}))

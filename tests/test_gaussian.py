@@ -176,3 +176,48 @@ def test_orbax_gives_the_same_bits_back(make, tmp_path):
         restored = checkpointer.restore(tmp_path / "q", q)
     assert jax.tree.structure(restored) == jax.tree.structure(q)
     jax.tree.map(np.testing.assert_array_equal, restored, q)
+
+
+def test_natural_parameters_may_be_numpys():
+    q = ivon_jax.Posterior.from_natural_parameters(
+        ivon_jax.NaturalParameters(np.ones(2), np.float32([-1, -2]))
+    )
+    np.testing.assert_allclose(q.precision, [2, 4])
+
+
+def test_the_divergence_of_close_gaussians_does_not_cancel():
+    """Half of the sum of r - log(1 + r), r = 1e-4, the precisions' relative gap."""
+    ones = jnp.ones(1000)
+    q, prior = (ivon_jax.Posterior(ones, p * ones) for p in (1.0, 1.0 + 1e-4))
+    gap = np.float64(np.float32(1 + 1e-4)) - 1
+    expected = 500 * (gap - np.log1p(gap))
+    np.testing.assert_allclose(q.kl_divergence(prior), expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        (jnp.float32(2), "`precision` must have the shapes of `mean`, got () at"),
+        (jnp.ones((5, 2)), "`precision` must have the shapes of `mean`, got (5, 2) at"),
+        ({"w": jnp.ones(2)}, "`precision` must have the tree structure of `mean`"),
+    ],
+)
+def test_a_precision_unlike_the_mean_is_an_error(precision, message):
+    """Not broadcast, which would give another density."""
+    q = ivon_jax.Posterior(jnp.zeros(2), precision)
+    good = ivon_jax.Posterior(jnp.zeros(2), jnp.ones(2))
+    calls = (
+        q.entropy,
+        lambda: q.sample(jax.random.key(0)),
+        lambda: good.kl_divergence(q),
+        lambda: ivon_jax.predictive.linearized(lambda w, x: x @ w[:, None], q, good),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
+
+
+def test_the_divergence_to_no_gaussian_is_an_error():
+    q = ivon_jax.Posterior(jnp.zeros(2), jnp.ones(2))
+    with pytest.raises(TypeError, match="`prior` must be a Posterior, one Gaussian"):
+        q.kl_divergence(ivon_jax.Mixture([q]))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
 from scipy import stats
 
 import ivon_jax
@@ -128,3 +129,13 @@ def test_point_masses_differ_between_members():
 def test_what_is_no_mixture_is_an_error(posteriors, error, message):
     with pytest.raises(error, match=re.escape(message)):
         ivon_jax.Mixture(posteriors).sample(jax.random.key(0))
+
+
+def test_a_mixture_read_back_from_msgpack_predicts():
+    """Its arrays are NumPy's, which no traced index fits."""
+    mixture = ivon_jax.Mixture(
+        ivon_jax.Posterior(np.zeros((3, 2), np.float32), np.ones((3, 2), np.float32))
+    )
+    mixture = serialization.from_bytes(mixture, serialization.to_bytes(mixture))
+    theta = ivon_jax.predict(lambda theta: theta, mixture, jax.random.key(0), 6)
+    assert theta.shape == (2,)

@@ -25,6 +25,7 @@ from .gaussians import (
     one_prior as one_prior,
     one_state as one_state,
     posterior_to_sample as posterior_to_sample,
+    precision_like_mean as precision_like_mean,
     prior_precision as prior_precision,
     same_point_masses as same_point_masses,
     some_curvature as some_curvature,

@@ -21,10 +21,12 @@ def probabilities(name, probs):
     if values is None:
         return
     if values.min() < 0:
-        raise ValueError(f"`{name}` must be non-negative, got {values.min()}.")
+        raise ValueError(
+            f"`{name}` must be non-negative, got {values.min()}. Softmax the logits."
+        )
     total = values.sum(axis=-1).ravel()
     worst = total[np.argmax(np.abs(total - 1))]
-    if not abs(worst - 1) <= max(1e-2, 4 * float(jnp.finfo(probs.dtype).eps)):
+    if not abs(worst - 1) <= max(1e-3, 4 * float(jnp.finfo(probs.dtype).eps)):
         raise ValueError(
             f"`{name}` must sum to one over its last axis, got a sum of {worst}. "
             + ("Training diverged?" if np.isnan(worst) else "Softmax the logits.")
@@ -72,7 +74,8 @@ def number_of_examples(**trees):
             if not array.shape or not array.shape[0]:
                 raise ValueError(
                     f"`{name}` must have one or more examples along the first axis of "
-                    f"every array, got shape {array.shape} {where}."
+                    f"every array, got shape {array.shape} {where}. Pass arrays, not "
+                    "lists."
                 )
             count = count or array.shape[0]
             if array.shape[0] != count:

@@ -82,6 +82,30 @@ def gaussian(name, value, posterior_type):
             f"`{name}` must be a Posterior, one Gaussian, got {type(value).__name__}. "
             f"Pass `ivon_jax.{name}(params, opt_state)`."
         )
+    precision_like_mean(value)
+
+
+def precision_like_mean(q):
+    """Reject a Gaussian whose precision has not the mean's structure and shapes."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(q.mean)
+    try:
+        precisions = structure.flatten_up_to(q.precision)
+        same = jax.tree_util.all_leaves(p for p in precisions if p is not None)
+    except ValueError:
+        same = False
+    if not same:
+        raise ValueError(
+            "`precision` must have the tree structure of `mean`, with None for point "
+            f"masses, got\n{jax.tree.structure(q.precision)}\nwhere `mean` has\n"
+            f"{structure}."
+        )
+    for (path, mean), precision in zip(leaves, precisions, strict=True):
+        if precision is not None and jnp.shape(precision) != jnp.shape(mean):
+            raise ValueError(
+                f"`precision` must have the shapes of `mean`, got "
+                f"{jnp.shape(precision)} at precision{jax.tree_util.keystr(path)}, "
+                f"where `mean` has {jnp.shape(mean)}."
+            )
 
 
 def same_point_masses(posterior, prior):

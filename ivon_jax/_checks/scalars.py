@@ -145,7 +145,9 @@ def concrete(array):
 
     NumPy's, because within ``jit`` even the minimum of a constant is a tracer.
     """
-    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
+    if isinstance(array, jax.core.Tracer):
+        return None
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return None
     floating = jnp.issubdtype(array.dtype, jnp.floating)
     return np.asarray(array, np.float64 if floating else array.dtype)
@@ -179,7 +181,7 @@ def _scalar(name, value):
 def _finite(name, value):
     """Return `value` as a Python float, if the default float dtype can hold it."""
     largest = float(jnp.finfo(jnp.result_type(float)).max)
-    if abs(value) == math.inf:
+    if not abs(value) < math.inf:
         raise ValueError(f"`{name}` must be finite, got {value}.")
     if abs(value) > largest:
         raise ValueError(f"`{name}` must be at most {largest:.2g}, got {value}.")
