@@ -18,9 +18,9 @@ Curvatures and losses are per example, losses in nats. From the state alone:
   ``hess_init``. Healthy: up to 1e4. ``hess_negative``: the share with
   :math:`-\delta < h \leq 0`, where the posterior is as wide as the prior, or wider.
 * ``hess_memory``: :math:`\beta_2^T`, the share of h that is still ``hess_init`` after T
-  steps. Healthy: up to 0.9; the paper's runs end at 0.13 (ResNets on CIFAR, 200k
-  steps), 0.29 (ImageNet), 0.37 (GPT-2), and 0.98 on the smallest GLUE set, where h
-  stays what it began as. ``hess_half_life``: the steps in which it halves,
+  steps. Healthy: up to 0.9; the paper's runs end at 0.13 (ResNets on
+  CIFAR, 200k steps), 0.29 (ImageNet), 0.37 (GPT-2), and 0.98 on the smallest GLUE set,
+  where h stays what it began as. ``hess_half_life``: the steps in which it halves,
   :math:`-\ln 2 / \ln \beta_2 \approx \ln 2 / (1 - \beta_2)`.
 * ``hess_drift``: the median of :math:`|h - h_0| / h_0`. ``hess_target``: the mean of h
   less what is left of h_0, :math:`(\bar h - \beta_2^t h_0) / (1 - \beta_2^t)`, to which
@@ -65,9 +65,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _rules
-from ._gradients import value_and_grad
-from ._mean import scan_mean
+from . import _checks, _measure
 from ._posterior import find_states, posterior, prior
 
 DIVERGED = (
@@ -92,9 +90,8 @@ NARROW = (
     "point: lower ess (a temperature) or hess_init."
 )
 MEMORY = (
-    "h stays {hess_memory:.0%} hess_init, 1 - b2 is too small for so short a run: make "
-    "it about one over the number of steps, or tune hess_init instead (so far, the "
-    "estimates of the curvature average {hess_target:.2g})."
+    "h stays {hess_memory:.0%} hess_init, unless training goes on: make 1 - b2 about "
+    "one over the number of steps, or tune hess_init instead."
 )
 NOISY = (
     "h fluctuates by {hess_noise:.1g} of itself: bring b2 closer to one, or take more "
@@ -145,7 +142,7 @@ def diagnose(
     >>> import ivon_jax
     >>> params = jnp.ones(8)
     >>> opt_state = ivon_jax.ivon(0.1, ess=0.1, hess_init=1.0).init(params)
-    >>> diagnose(params, opt_state, hess_init=1.0, b2=0.99999, num_steps=50_000).advice
+    >>> diagnose(params, opt_state, num_steps=50_000).advice
     ['The noise is 3.2 times the weights: raise ess or hess_init.']
 
     Args:
@@ -186,6 +183,8 @@ def advice(numbers: Mapping[str, jax.typing.ArrayLike]) -> list[str]:
     if any(sentence in found for sentence in (DEAD, PEAK, GAP)):
         # Weights that blew up dwarf the noise; less of ess would make matters worse.
         found = [sentence for sentence in found if sentence != NARROW]
+    if values.get("hess_memory") == 1.0:  # the run has yet to begin
+        found = [sentence for sentence in found if sentence != MEMORY]
     return [sentence.format(**values) for sentence in found]
 
 
@@ -193,8 +192,8 @@ def measure(
     params: optax.Params,
     opt_state: optax.OptState,
     *,
-    hess_init: jax.typing.ArrayLike,
-    b2: jax.typing.ArrayLike,
+    hess_init: jax.typing.ArrayLike = 1.0,
+    b2: jax.typing.ArrayLike = 0.99999,
     b1: jax.typing.ArrayLike = 0.9,
     clip_radius: jax.typing.ArrayLike | None = None,
     num_steps: int | None = None,
@@ -218,11 +217,12 @@ def measure(
       params: the posterior mean.
       opt_state: any optax state with IVON in it. If it has several that differ in what
         follows, pass them one by one: ``opt_state.inner_states["label"]``.
-      hess_init: as given to `ivon`, as are `b2`, `b1` and `clip_radius`.
-      b2: the state doesn't tell.
-      b1: nor this.
+      hess_init: as given to `ivon`, as are `b2`, `b1` and `clip_radius`: the state
+        doesn't tell. The defaults are those of `ivon`.
+      b2: see `hess_init`.
+      b1: see `hess_init`.
       clip_radius: None leaves out ``clipped``.
-      num_steps: T, the length of the whole run, if it isn't over.
+      num_steps: T, the length of the whole run; None takes the steps until now.
       loss_fn: ``loss_fn(theta)``, the mean loss per example of some batch, a scalar;
         None leaves out what needs it.
       key: a JAX random key, for `loss_fn`.
@@ -237,202 +237,24 @@ def measure(
     if num_steps is not None:
         _checks.integer_between("num_steps", num_steps, 1)
     q, p = posterior(params, opt_state), prior(params, opt_state)
-    arrays = [x for s in find_states(opt_state) for x in _arrays(params, s)]
+    arrays = [
+        x for s in find_states(opt_state) for x in _measure.trained_arrays(params, s)
+    ]
     _checks.some_entries(arrays)
-    numbers = _of_weights(arrays) | {"kl_divergence": q.kl_divergence(p)}
-    numbers |= _of_hess(arrays, hess_init, b2, num_steps)
+    numbers = _measure.of_weights(arrays) | {"kl_divergence": q.kl_divergence(p)}
+    numbers |= _measure.of_hess(arrays, hess_init, b2, num_steps)
     if clip_radius is not None:
         b1 = _number(_checks.decay_rate("b1", b1))
         clip_radius = _number(_checks.positive("clip_radius", clip_radius))
-        numbers["clipped"] = _clipped(arrays, b1, clip_radius)
+        numbers["clipped"] = _measure.clipped_share(arrays, b1, clip_radius)
     if loss_fn is not None:
         _checks.integer_between("num_samples", num_samples, 2)
         _checks.has_key(key)
         keys = jax.random.split(key, num_samples)
-        numbers |= _of_loss(arrays, params, opt_state, b2, loss_fn, keys)
+        numbers |= _measure.of_loss(arrays, params, opt_state, b2, loss_fn, keys)
     return {name: jnp.asarray(value, float) for name, value in numbers.items()}
 
 
 def _number(value):
     """A checked number in the default float dtype; a Python float stays exact."""
     return value if isinstance(value, float) else value.astype(float)
-
-
-class _Array(NamedTuple):
-    """One array that IVON trains, in the default float dtype."""
-
-    mean: jax.Array  # m
-    shift: jax.Array  # m - m_0
-    momentum: jax.Array  # g
-    hess: jax.Array  # h
-    scale: jax.Array  # h + delta, from the posterior's precision
-    delta: jax.Array  # from the prior's precision
-    ess: jax.Array  # (), lambda
-    count: jax.Array  # (), t
-    spacings: tuple[float, float]  # of the dtypes of m and h
-
-    @property
-    def variance(self):
-        return 1.0 / (self.ess * self.scale)
-
-
-def _arrays(params, state):
-    """What one state trains."""
-    q, p = posterior(params, state), prior(params, state)
-    ess, count = (x.astype(float) for x in (state.ess, state.count))
-
-    def array(m, m_0, g, h, s, s_0):
-        spacings = tuple(float(jnp.finfo(jnp.result_type(x)).eps) for x in (m, h))
-        m, m_0, g, h, s, s_0 = (jnp.asarray(x, float) for x in (m, m_0, g, h, s, s_0))
-        return _Array(m, m - m_0, g, h, s / ess, s_0 / ess, ess, count, spacings)
-
-    means = (_trained(tree, q.precision) for tree in (q.mean, p.mean))
-    others = (state.momentum, state.hess, q.precision, p.precision)
-    return list(map(array, *means, *map(jax.tree.leaves, others)))
-
-
-def _trained(tree, precision):
-    """The arrays of `tree` that have a precision."""
-    kept = jax.tree.map(lambda x, s: None if s is None else x, tree, precision)
-    return jax.tree.leaves(kept)
-
-
-def _of_weights(arrays):
-    """What needs no setting that the state doesn't keep."""
-    size = sum(x.mean.size for x in arrays)
-    finite = [jnp.isfinite(v) for x in arrays for v in (x.mean, x.hess, x.momentum)]
-    noise = _total([x.variance for x in arrays])
-    weights = _total([x.mean**2 for x in arrays])
-    lost = [x.variance < (x.spacings[0] * x.mean) ** 2 for x in arrays]
-    gamma = _total([jnp.maximum(x.hess, 0.0) / x.scale for x in arrays])
-    return {
-        "count": jnp.min(jnp.stack([x.count for x in arrays])),
-        "ess": sum(x.ess * x.mean.size for x in arrays) / size,
-        "weight_decay": _total([x.delta for x in arrays]) / size,
-        "num_params": size,
-        "non_finite": _total([~x for x in finite]) / (3 * size),
-        "noise_to_weight": jnp.sqrt(noise / weights),
-        "rounded": _total(lost) / size,
-        "effective_params": gamma,
-        "effective_share": gamma / size,
-    }
-
-
-def _of_hess(arrays, hess_init, b2, num_steps):
-    """Where h is, and how much of it is still `hess_init`."""
-    hess = [x.hess for x in arrays]
-    size = sum(h.size for h in hess)
-    count = jnp.min(jnp.stack([x.count for x in arrays]))
-    if isinstance(b2, float):
-        log_b2 = math.log(max(b2, 1e-37))  # in float32, 0.999999 is 1 % off
-    else:
-        log_b2 = jnp.log(jnp.maximum(b2, 1e-37))
-    drift = [jnp.abs(h - hess_init) / hess_init for h in hess]
-    # 1 - b2**t, and the mean way of h from hess_init, in which nothing cancels.
-    share = -jnp.expm1(jnp.maximum(count, 1.0) * log_b2)
-    way = _total([h - hess_init for h in hess]) / size
-    lowest, highest = _range(hess)
-    return {
-        "hess_median": _median(hess),
-        "hess_min": lowest,
-        "hess_max": highest,
-        "hess_peak": highest / hess_init,
-        "hess_negative": _total([h <= 0 for h in hess]) / size,
-        "hess_memory": jnp.exp((count if num_steps is None else num_steps) * log_b2),
-        "hess_half_life": -math.log(2.0) / log_b2,
-        "hess_drift": _median(drift),
-        "hess_target": hess_init + way / share,
-        "hess_rounding": max(x.spacings[1] for x in arrays) / (1.0 - b2),
-    }
-
-
-def _clipped(arrays, b1, clip_radius):
-    """The share of the last direction that was clipped."""
-
-    def clipped(x):
-        momentum = _rules.debiased(x.momentum, b1, jnp.maximum(x.count, 1.0))
-        direction = _rules.direction(momentum, x.shift, x.hess, x.delta)
-        return jnp.abs(direction) > clip_radius
-
-    return _total(map(clipped, arrays)) / sum(x.mean.size for x in arrays)
-
-
-def _of_loss(arrays, params, opt_state, b2, loss_fn, keys):
-    """What takes samples."""
-    size, count = sum(x.mean.size for x in arrays), len(keys)
-
-    def loss(theta):
-        return _checks.one_loss(loss_fn(theta))
-
-    def at_sample(key):
-        value, estimate = value_and_grad(loss)(key, params, opt_state)
-        grads, hess_hats = _split(estimate, params, opt_state)
-        terms = [
-            0.5 * (1.0 - b2) * jnp.abs(hess_hat - x.hess) / x.scale
-            for hess_hat, x in zip(hess_hats, arrays, strict=True)
-        ]
-        norm2 = _total([g**2 for g in grads])
-        return value.astype(float), grads, norm2, _median(terms), _total(terms) / size
-
-    loss_at_samples, grads, norm2, median, mean = scan_mean(at_sample, keys)
-    loss_at_mean = jnp.asarray(loss(params), float)
-    norm2_of_mean = _total([g**2 for g in grads])
-    variance = (norm2 - norm2_of_mean) * count / (count - 1)
-    signal = jnp.maximum(norm2_of_mean - variance / count, 0.0)
-    return {
-        "loss_at_mean": loss_at_mean,
-        "loss_at_samples": loss_at_samples,
-        "loss_gap": loss_at_samples - loss_at_mean,
-        "expected_gap": 0.5 * _total([x.variance * x.hess for x in arrays]),
-        "gradient_snr": signal / jnp.maximum(variance, jnp.finfo(signal.dtype).tiny),
-        "zero_gradients": _total([g == 0 for g in grads]) / size,
-        "correction_median": median,
-        "correction_mean": mean,
-        "hess_noise": median * jnp.sqrt(2.0 / (1.0 - b2)),
-    }
-
-
-def _split(estimate, params, opt_state):
-    """Gradients and Hessian estimates in the order of `_arrays`, state by state."""
-    precisions = [posterior(params, s).precision for s in find_states(opt_state)]
-    return [
-        [x.astype(float) for s in precisions for x in _trained(tree, s)]
-        for tree in estimate
-    ]
-
-
-def _total(arrays):
-    """The sum over all entries, which counts those that are true."""
-    return sum(jnp.sum(x, dtype=float) for x in arrays)
-
-
-def _range(arrays):
-    """The smallest and the largest entry; of an empty array neither counts."""
-    lows = [jnp.min(x, initial=jnp.inf) for x in arrays]
-    highs = [jnp.max(x, initial=-jnp.inf) for x in arrays]
-    return jnp.min(jnp.stack(lows)), jnp.max(jnp.stack(highs))
-
-
-def _median(arrays):
-    """The lower median of all entries, by bisection: no copy, no sort, no gathering."""
-    size = sum(x.size for x in arrays)
-    lowest, highest = _range(arrays)
-
-    def between(low, high):
-        return 0.5 * low + 0.5 * high  # high - low may overflow, or be flushed to zero
-
-    def is_half(value):
-        return 2.0 * _total([x <= value for x in arrays]) >= size
-
-    def halve(bounds):
-        low, high = bounds
-        middle = between(low, high)
-        enough = is_half(middle)
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
-
-    def apart(bounds):
-        low, high = bounds
-        return (low < between(low, high)) & (between(low, high) < high)
-
-    start = lowest, jnp.where(is_half(lowest), lowest, highest)
-    return jax.lax.while_loop(apart, halve, start)[1]
