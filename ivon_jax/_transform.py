@@ -227,6 +227,7 @@ def weight_decays(state: IVONState) -> optax.Params:
 
 def _prior_of(prior, params):
     """The prior of what `params` owns, in its shapes and sharding; never an alias."""
+    prior = _boxed(prior, params)
     mean = _checks.like("prior.mean", prior.mean, "`params`", params)
     precision = _checks.prior_precision(prior.precision, params)
 
@@ -236,6 +237,22 @@ def _prior_of(prior, params):
 
     copies = [jax.tree.map(copy, params, tree) for tree in (mean, precision)]
     return Posterior(*copies)
+
+
+def _boxed(prior, params):
+    """`prior` with its arrays in the boxes of `params`, such as `flax.nnx.Param`."""
+    structure = jax.tree.structure(prior.mean)
+    try:
+        boxes = structure.flatten_up_to(params)
+        columns = [structure.flatten_up_to(tree) for tree in prior]
+    except ValueError:
+        return prior  # another tree, which the checks will tell
+
+    def put(box, x):
+        leaves, box = jax.tree.flatten(box, is_leaf=_checks.is_masked)
+        return box.unflatten([x]) if len(leaves) == 1 else x
+
+    return Posterior(*(structure.unflatten(map(put, boxes, xs)) for xs in columns))
 
 
 def _distance(params, prior):

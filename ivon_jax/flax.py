@@ -105,8 +105,8 @@ def sample(key: jax.Array, model: Model, optimizer: nnx.Optimizer) -> Model:
       ValueError: no IVON state is in the optimizer.
     """
     graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
-    opt_state = _arrays(optimizer.opt_state)
-    return nnx.merge(graphdef, _posterior.sample(key, _arrays(params), opt_state), rest)
+    opt_state = arrays(optimizer.opt_state)
+    return nnx.merge(graphdef, _posterior.sample(key, arrays(params), opt_state), rest)
 
 
 def posterior(model: nnx.Module, optimizer: nnx.Optimizer) -> _posterior.Posterior:
@@ -130,17 +130,41 @@ def posterior(model: nnx.Module, optimizer: nnx.Optimizer) -> _posterior.Posteri
       optimizer: made for `model`, with IVON anywhere in its transformation.
 
     Returns:
-      A `Posterior` over ``nnx.state(model, optimizer.wrt)``, with arrays as leaves.
+      A `Posterior` over ``nnx.state(model, optimizer.wrt)``, with arrays as leaves. It
+      may be the ``prior=`` of another optimizer of `model`.
 
     Raises:
       ValueError: no IVON state is in the optimizer.
     """
-    params = _arrays(nnx.state(model, optimizer.wrt))
-    return _posterior.posterior(params, _arrays(optimizer.opt_state))
+    params = arrays(nnx.state(model, optimizer.wrt))
+    return _posterior.posterior(params, arrays(optimizer.opt_state))
 
 
-def _arrays(tree):
-    """`tree` with the array of each variable in its place."""
+def prior(model: nnx.Module, optimizer: nnx.Optimizer) -> _posterior.Posterior:
+    """Return the prior over the parameters of `optimizer` in `model`.
+
+    Both arguments, the result and the errors are as for `posterior`.
+    """
+    params = arrays(nnx.state(model, optimizer.wrt))
+    return _posterior.prior(params, arrays(optimizer.opt_state))
+
+
+def arrays(tree: Any) -> Any:
+    """Return `tree` with the array of each NNX variable in its place.
+
+    For functions of parameters and state, such as `diagnostics.diagnose`:
+
+    >>> import ivon_jax.flax
+    >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    >>> optimizer = nnx.Optimizer(model, ivon_jax.ivon(0.1, ess=1000), wrt=nnx.Param)
+    >>> params, opt_state = nnx.state(model, nnx.Param), optimizer.opt_state
+    >>> numbers = ivon_jax.diagnostics.measure(*arrays((params, opt_state)))
+    >>> print(numbers["num_params"])
+    8.0
+
+    Args:
+      tree: any pytree; what has no variables comes back as it is.
+    """
 
     def is_variable(node):
         return isinstance(node, nnx.Variable)

@@ -231,3 +231,24 @@ def test_nnx_without_ivon_says_what_to_pass(read):
     message = "`opt_state` must contain the state of `ivon_jax.ivon`"
     with pytest.raises(ValueError, match=re.escape(message)):
         read(*nnx_model(optax.adam(0.1)))
+
+
+def test_an_nnx_posterior_is_the_prior_of_the_next_optimizer(key):
+    """Its leaves are arrays, those of the optimizer's parameters are variables."""
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    first = nnx.Optimizer(model, ivon_jax.ivon(0.1, ess=100), wrt=nnx.Param)
+    q = ivon_jax.flax.posterior(model, first)
+    tx = ivon_jax.ivon(0.1, ess=50, prior=q)
+    second = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    x, y = jax.random.normal(key, (8, 3)), jnp.ones((8, 2))
+
+    @nnx.jit
+    def step(model, optimizer, key):
+        sampled = ivon_jax.flax.sample(key, model, optimizer)
+        grads = nnx.grad(lambda model: jnp.mean((model(x) - y) ** 2))(sampled)
+        optimizer.update(model, grads, sample=nnx.state(sampled, nnx.Param))
+
+    step(model, second, key)
+    chex.assert_trees_all_close(ivon_jax.flax.prior(model, second), q)
+    divergence = ivon_jax.flax.posterior(model, second).kl_divergence(q)
+    assert 0 < divergence < jnp.inf
