@@ -338,6 +338,9 @@ def test_no_intact_checkpoint_is_an_error_that_touches_none(eight, tmp_path):
     assert path.exists()
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="XLA cannot mix such axes there"
+)
 def test_replicas_with_samples_of_their_own_train_sharded_parameters(tmp_path):
     """The hybrid mesh: noise by data index, parameters over the other axes."""
     flags = "--cpu_devices 8 --mesh data=2,fsdp=2,model=2 --noise replica"
