@@ -158,7 +158,7 @@ def diagonal_fisher(
     """
     _checks.integer_between("num_samples", num_samples, 1)
     _checks.integer_between("chunk_size", chunk_size, 1)
-    _checks.floating_leaves(params)
+    _checks.floating_tree("params", params)
     inputs = jax.tree.map(jnp.asarray, inputs)
     _checks.number_of_examples(inputs=inputs)
     # Or else `jax.shard_map` sums gradients over devices before they are squared.

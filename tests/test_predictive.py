@@ -344,3 +344,14 @@ def test_linearized_names_what_does_not_fit():
         predictive.linearized(lambda theta, x: affine(theta, x).sum(), q, x)
     with pytest.raises(ValueError, match="`x` must have one or more examples"):
         predictive.linearized(affine, q, jnp.ones(()))
+
+
+def test_the_derivative_of_entropy_is_finite_where_a_probability_is_zero():
+    """That of p log p is infinite at 0; there it is left out."""
+    q = ivon_jax.Posterior(jnp.zeros(()), jnp.ones(()))
+
+    def total(shift):
+        probs = jnp.stack([shift, 1 - shift, jnp.zeros(())])
+        return ivon_jax.uncertainty(lambda _: probs, q, jax.random.key(0), 2).total
+
+    np.testing.assert_allclose(jax.grad(total)(0.2), np.log(0.8 / 0.2), rtol=1e-5)
