@@ -12,6 +12,13 @@ def key(request):
     return jax.random.key(request.param)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def release_programs():
+    """Of all modules together, compiled programs would take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def standard_promotion():
     """For optax's own transformations that are not written for strict promotion."""

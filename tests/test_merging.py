@@ -226,6 +226,7 @@ MISFITS = [
     ({"scale": np.ones(4)}, ValueError, "one for each of the 3 models in `finetuned`,"),
     ({"scale": "all"}, TypeError, "`scale` must be a number, got 'all'."),
     ({"scale": [1, np.inf, 1]}, ValueError, "`scale[1]` must be finite, got inf."),
+    ({"scale": np.nan}, ValueError, "`scale` must be a number, got nan."),
 ]
 BAD_HESSIANS = [
     ({"hessians": BASE}, TypeError, "`hessians` must be a list of trees, one for each"),

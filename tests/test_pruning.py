@@ -254,7 +254,7 @@ BAD_SPARSITIES = [
     (-0.1, ValueError, "`sparsity` must be in [0, 1], got -0.1."),
     (50, ValueError, "`sparsity` must be in [0, 1], got 50."),
     (jnp.float32(2), ValueError, "`sparsity` must be in [0, 1], got 2.0."),
-    (np.nan, ValueError, "`sparsity` must be finite, got nan."),
+    (np.nan, ValueError, "`sparsity` must be in [0, 1], got nan."),
     ("half", TypeError, "`sparsity` must be a number, got 'half'."),
     (jnp.ones(2), TypeError, "`sparsity` must be a real scalar, got an array of shape"),
 ]

@@ -181,7 +181,7 @@ def _scalar(name, value):
 def _finite(name, value):
     """Return `value` as a Python float, if the default float dtype can hold it."""
     largest = float(jnp.finfo(jnp.result_type(float)).max)
-    if not abs(value) < math.inf:
+    if abs(value) == math.inf:
         raise ValueError(f"`{name}` must be finite, got {value}.")
     if abs(value) > largest:
         raise ValueError(f"`{name}` must be at most {largest:.2g}, got {value}.")

@@ -1,5 +1,7 @@
 """Trees of arrays: parameters, and what must be shaped like them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,16 +127,23 @@ def list_of_trees(name, value, count=None):
 
 def scales(name, value, count):
     """Return one finite number for each of `count` models."""
+
+    def one(name, value):
+        scale, number = _scalar(name, value)
+        if number is not None and math.isnan(number):
+            raise ValueError(f"`{name}` must be a number, got nan.")
+        return scale
+
     is_list = isinstance(value, (list, tuple))
     if not is_list and not getattr(value, "ndim", 0):
-        return [_scalar(name, value)[0]] * count
+        return [one(name, value)] * count
     length = len(value)
     if length != count:
         raise ValueError(
             f"`{name}` must be one number, or one for each of the {count} models in "
             f"`finetuned`, got {length}."
         )
-    return [_scalar(f"{name}[{i}]", scale)[0] for i, scale in enumerate(value)]
+    return [one(f"{name}[{i}]", scale) for i, scale in enumerate(value)]
 
 
 def non_negative_array(name, array):
