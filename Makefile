@@ -8,7 +8,7 @@ quickstart: .venv/examples.installed
 	$(BIN)/python examples/digits.py
 
 test: .venv/test.installed
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: .venv/test.installed
 	$(BIN)/ruff format --check .
