@@ -8,7 +8,7 @@ quickstart: .venv/examples.installed
 	$(BIN)/python examples/digits.py
 
 test: .venv/test.installed
-	$(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test.installed
 	$(BIN)/ruff format --check .
