@@ -1,0 +1,198 @@
+"""What IVON's settings do, and what shifted data does (Table 8, Figs. 4 and 7).
+
+    python benchmarks/ablations.py                         # scikit-learn's digits
+    python benchmarks/ablations.py --mnist mnist10k.npz    # 10,000 digits of MNIST
+
+Ten minutes for the digits on a busy machine.
+
+Networks, data and the tuning of AdamW, SGD and IVON are those of uncertainty.py. Tables
+of the Hessian's initial value, of the number of samples in prediction and in training,
+and of test images with noise, blur, less contrast and rotation, in five severities
+each. ablations.png is a picture of all.
+"""
+
+import dataclasses
+import functools
+
+import baselines
+import jax
+import jax.numpy as jnp
+import numpy as np
+import uncertainty
+from matplotlib.figure import Figure
+from scipy import ndimage
+
+HESS_INITS = 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0
+NUM_SAMPLES = 1, 2, 4, 8, 16, 32, 64
+MC_SAMPLES = 1, 2, 4, 8
+SHIFTS = {  # of images (N, size, size) in [0, 1], by severity 1 to 5
+    "noise": lambda x, s: x + 0.1 * s * np.random.default_rng(s).normal(size=x.shape),
+    "blur": lambda x, s: ndimage.gaussian_filter(x, (0, *[0.02 * s * x.shape[1]] * 2)),
+    "contrast": lambda x, s: x.mean() + (1 - 0.17 * s) * (x - x.mean()),
+    "rotation": lambda x, s: ndimage.rotate(x, 12 * s, (2, 1), reshape=False, order=1),
+}
+SHIFTED = "AdamW", "SGD", "IVON@mean", "IVON"
+TITLES = "accuracy %", "NLL", "ECE", "Brier"
+COLORS = "#999999", "#D55E00", "#009E73", "#0072B2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(uncertainty.Config):
+    """Every knob of this run; each field is also a command-line flag."""
+
+    plot: str = "ablations.png"
+
+
+def train(system, settings, task, config, description):
+    """Train the seeds of every setting; return ``probs(system, num_samples)``."""
+    problem = uncertainty.make_problem(task, config, len(task.train[1]))
+    data = [jnp.asarray(array) for array in task.train]
+    images = jnp.asarray(task.test[0])
+    keys = jax.random.split(jax.random.key(0), (2, config.seeds))
+    keys = keys[:, jnp.arange(config.seeds * len(settings)) % config.seeds]
+    stack = uncertainty.stacked(settings, config.seeds)
+    runs = baselines.fit(system, problem, keys[0], stack, data, description)
+
+    def probs(system, num_samples):
+        arguments = problem, runs, keys[1], stack, images, num_samples
+        result = baselines.predict(system, *arguments)
+        return result.reshape(len(settings), config.seeds, *result.shape[1:])
+
+    return probs
+
+
+def scores(probs, labels):
+    """Return {title: (seeds,)} of probabilities (seeds, N, C)."""
+    labels = jnp.asarray(labels)
+    return {
+        title: np.asarray(
+            jax.jit(jax.vmap(uncertainty.SCORES[title], (0, None)))(probs, labels)
+        )
+        for title in TITLES
+    }
+
+
+def of_hess_init(setting, task, config):
+    """Return rows by h_0, at the mean and by samples."""
+    settings = [setting | {"hess_init": h} for h in HESS_INITS]
+    probs = train(baselines.ivon, settings, task, config, "h_0")
+    labels = task.test[1]
+    at_mean = probs(baselines.at_mean(baselines.ivon), 1)
+    sampled = probs(baselines.ivon, config.num_samples)
+    return {
+        f"{h:g}": (scores(mean, labels), scores(samples, labels))
+        for h, mean, samples in zip(HESS_INITS, at_mean, sampled, strict=True)
+    }
+
+
+def of_num_samples(setting, task, config):
+    """Return rows by the number of samples, in prediction and in training."""
+    labels, prediction, training = task.test[1], {}, {}
+    for mc_samples in MC_SAMPLES:
+        system = functools.partial(baselines.ivon, mc_samples=mc_samples)
+        probs = train(system, [setting], task, config, f"{mc_samples} samples")
+        [sampled] = probs(system, config.num_samples)
+        training[str(mc_samples)] = scores(sampled, labels)
+        if mc_samples == 1:
+            [at_mean] = probs(baselines.at_mean(system), 1)
+            prediction["mean"] = scores(at_mean, labels)
+            for num_samples in NUM_SAMPLES:
+                [sampled] = probs(system, num_samples)
+                prediction[str(num_samples)] = scores(sampled, labels)
+    return prediction, training
+
+
+def of_shift(settings, task, config):
+    """Return {system: rows by severity}, means over the kinds of shift."""
+    images, labels = task.test
+    shifted = [images] + [
+        shift(images, severity) for severity in range(1, 6) for shift in SHIFTS.values()
+    ]
+    images = jnp.asarray(np.concatenate(shifted), jnp.float32)
+    rows = {}
+    for name, setting in settings.items():
+        probs = uncertainty.test(name, setting, task, config, images)
+        for system in set(probs) & set(SHIFTED):
+            parts = jnp.split(probs[system], len(shifted), axis=1)
+            found = [scores(part, labels) for part in parts]
+            grouped = [found[:1]] + [
+                found[i : i + len(SHIFTS)] for i in range(1, len(found), len(SHIFTS))
+            ]
+            rows[system] = [
+                {title: np.mean([g[title] for g in group], axis=0) for title in TITLES}
+                for group in grouped
+            ]
+    return {system: rows[system] for system in SHIFTED}
+
+
+def save_plot(path, hess_init, prediction, training, shift):
+    """Draw NLL in all of the tables."""
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    axes = figure.subplots(1, 4)
+
+    def line(panel, x, rows, color, label=None):
+        nll = np.array([row["NLL"] for row in rows])
+        errors = [uncertainty.error(values) for values in nll]
+        panel.errorbar(x, nll.mean(1), errors, color=color, marker="o", label=label)
+
+    means, samples = zip(*hess_init.values(), strict=True)
+    line(axes[0], HESS_INITS, means, COLORS[2], "IVON@mean")
+    line(axes[0], HESS_INITS, samples, COLORS[3], "IVON")
+    axes[0].set(xscale="log", yscale="log", xlabel="$h_0$", ylabel="test NLL (nats)")
+    rows = [prediction[str(n)] for n in NUM_SAMPLES]
+    line(axes[1], NUM_SAMPLES, rows, COLORS[3])
+    axes[1].axhline(prediction["mean"]["NLL"].mean(), color=COLORS[2], ls="--")
+    axes[1].set(xscale="log", xlabel="samples in prediction")
+    line(axes[2], MC_SAMPLES, training.values(), COLORS[3])
+    axes[2].set(xscale="log", xlabel="samples in training")
+    for color, (name, rows) in zip(COLORS, shift.items(), strict=True):
+        line(axes[3], range(len(rows)), rows, color, name)
+    axes[3].set(xlabel="severity of the shift")
+    for panel, counts in ((axes[1], NUM_SAMPLES), (axes[2], MC_SAMPLES)):
+        panel.set_xticks(counts, counts)
+        panel.set_xticks([], minor=True)
+    for panel in (axes[0], axes[3]):
+        panel.legend(frameon=False)
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    """Tune, train, and print the tables."""
+    config = uncertainty.parse_args(Config, __doc__)
+    make_task = uncertainty.mnist_task if config.mnist else uncertainty.digits_task
+    task = make_task(config)
+    uncertainty.print_conditions(config)
+    names = "AdamW", "SGD", "IVON"
+    settings = {name: uncertainty.tune(name, task, config)[0] for name in names}
+    hess_init = of_hess_init(settings["IVON"], task, config)
+    prediction, training = of_num_samples(settings["IVON"], task, config)
+    shift = of_shift(settings, task, config)
+
+    print()
+    uncertainty.print_rows(
+        ["h_0", *(f"{title} at the mean" for title in TITLES), *TITLES],
+        [
+            (h, [*mean.items(), *samples.items()])
+            for h, (mean, samples) in hess_init.items()
+        ],
+    )
+    for title, table in (("prediction", prediction), ("training", training)):
+        print()
+        rows = [(name, row.items()) for name, row in table.items()]
+        uncertainty.print_rows([f"samples in {title}", *TITLES], rows)
+    print()
+    uncertainty.print_rows(
+        ["severity, system", *TITLES],
+        [
+            (f"{severity}, {name}", rows[severity].items())
+            for severity in range(6)
+            for name, rows in shift.items()
+        ],
+    )
+    save_plot(config.plot, hess_init, prediction, training, shift)
+
+
+if __name__ == "__main__":
+    main()

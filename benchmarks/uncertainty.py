@@ -1,0 +1,421 @@
+"""The paper's Tables 2 and 3 in small: who knows when it errs?
+
+    python benchmarks/uncertainty.py                         # scikit-learn's digits
+    python benchmarks/uncertainty.py --mnist mnist10k.npz    # 10,000 digits of MNIST
+    python benchmarks/uncertainty.py --cifar cifar10.npz     # a small ResNet
+    python benchmarks/uncertainty.py --cifar cifar10.npz --full 1    # the paper's size
+
+Digits take about six minutes of CPU time, MNIST's about ten. CIFAR-10 awaits a GPU: of
+it only the shapes have been checked.
+
+Every system has nine trials, three learning rates by three values of one more
+hyperparameter, and keeps the one of the lowest NLL on a third of the training images.
+Grids were moved where the best trial lay at an edge after a first run on the digits.
+Then five seeds with it train on all of them. The first table has the trials, the second
+is tested on other images, the third measures how well the entropy of a prediction tells
+them from images that are none of the classes: the same ones, turned by 90 degrees, and
+patches of the two photographs that scikit-learn carries. The plot has NLL and AUROC.
+Time is that of training, from the trials: as many runs, side by side, for all.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import NamedTuple
+
+import baselines
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.scipy.special import entr
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits, load_sample_images
+
+from ivon_jax import metrics
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
+import nnx_cifar
+
+SGD_RATES = 0.1, 0.3, 1.0
+GAUSSIAN = {"learning_rate": (0.3, 1.0, 3.0), "hess_init": (1.0, 3.0, 10.0)}
+SYSTEMS = {
+    "AdamW": (
+        baselines.adamw,
+        {"learning_rate": (3e-3, 1e-2, 3e-2), "weight_decay": (0.1, 0.3, 1.0)},
+    ),
+    "SGD": (
+        baselines.sgd,
+        {"learning_rate": SGD_RATES, "prior_precision": (0.1, 1.0, 10.0)},
+    ),
+    "AdaHessian": (
+        baselines.adahessian,
+        {"learning_rate": (0.05, 0.15, 0.5), "weight_decay": (3e-3, 1e-2, 3e-2)},
+    ),
+    "BBB": (
+        baselines.bbb,
+        {"learning_rate": (1e-3, 3e-3, 1e-2), "hess_init": (10.0, 100.0, 1000.0)},
+    ),
+    "Laplace": (
+        baselines.laplace,
+        {"learning_rate": SGD_RATES, "prior_precision": (1.0, 10.0, 100.0)},
+    ),
+    "MC dropout": (
+        baselines.mc_dropout,
+        {"learning_rate": SGD_RATES, "rate": (0.02, 0.05, 0.2)},
+    ),
+    "SWAG": (
+        baselines.swag,
+        {"learning_rate": SGD_RATES, "swa_ratio": (0.2, 0.5, 1.0)},
+    ),
+    "VOGN": (baselines.vogn, GAUSSIAN),
+    "IVON": (baselines.ivon, GAUSSIAN),
+}
+POINTS = "AdamW", "SGD", "AdaHessian"
+ENSEMBLES = {"SGD": "Deep ensemble", "IVON": "Multi-IVON"}
+ROWS = (*list(SYSTEMS)[:-1], "IVON@mean", "IVON", *ENSEMBLES.values())
+SCORES = {
+    "accuracy %": lambda probs, y: 100 * metrics.accuracy(probs, y),
+    "top-5 %": lambda probs, y: 100 * metrics.accuracy(probs, y, k=5),
+    "NLL": metrics.negative_log_likelihood,
+    "ECE": metrics.expected_calibration_error,
+    "Brier": metrics.brier_score,
+}
+DETECTION = {
+    "FPR@95 %": "fpr_at_95_tpr",
+    "detection error %": "detection_error",
+    "AUROC %": "auroc",
+    "AUPR-in %": "aupr_in",
+    "AUPR-out %": "aupr_out",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every knob of this run; each field is also a command-line flag."""
+
+    mnist: str = ""  # .npz with `images` and `labels`
+    cifar: str = ""  # .npz as examples/nnx_cifar.py reads it
+    full: int = 0  # 1: the paper's network and length for CIFAR-10
+    epochs: int = 0  # 0: what the data set below has
+    seeds: int = 5
+    members: int = 5  # of an ensemble
+    tuning_seeds: int = 0  # 0: what the data set below has
+    num_samples: int = 64
+    plot: str = "uncertainty.png"
+
+
+def parse_args(config_type, doc):
+    """Read a Config from the command line."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    for field in dataclasses.fields(config_type):
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+    return config_type(**vars(parser.parse_args()))
+
+
+class Task(NamedTuple):
+    """Data, network and length of training."""
+
+    train: tuple  # images (N, ...) and labels
+    test: tuple
+    size: int  # pixels on a side
+    network: tuple  # init, features
+    length: dict  # fields of Problem
+    tuning_seeds: int
+
+
+def digits_task(_config):
+    """Take the first half of scikit-learn's digits to train, the second to test."""
+    digits = load_digits()
+    images = np.asarray(digits.images / 16, np.float32)
+    half = len(images) // 2
+    network = baselines.mlp((64, 128, 128, 10))
+    length = dict(epochs=200, batch_size=50)
+    train, test = ((images[part], digits.target[part]) for part in np.s_[:half, half:])
+    return Task(train, test, 8, network, length, tuning_seeds=2)
+
+
+def mnist_task(config):
+    """Take the first 8,000 of MNIST's test images to train, the last 2,000 to test."""
+    with np.load(config.mnist) as archive:
+        images, labels = archive["images"], archive["labels"]
+    images = np.asarray(images / 255, np.float32)
+    network = baselines.mlp((784, 128, 128, 10))
+    length = dict(epochs=15, batch_size=100)
+    train, test = ((images[part], labels[part]) for part in np.s_[:8000, 8000:])
+    return Task(train, test, 28, network, length, tuning_seeds=1)
+
+
+def cifar_task(config):
+    """Take CIFAR-10 and the paper's ResNet-20, or less of both."""
+    pairs = nnx_cifar.read_npz(config.cifar)
+    rng = np.random.default_rng(0)  # the file may be sorted by class
+    orders = [rng.permutation(len(labels)) for _, labels in pairs]
+    if config.full:
+        depth, width, sizes = 20, 16, (50_000, 10_000)
+        length = dict(epochs=200, runs_at_once=1, prior_precision=10.0)
+    else:
+        depth, width, sizes = 8, 8, (2_000, 1_000)
+        length = dict(epochs=10, runs_at_once=1)
+    if jax.default_backend() == "cpu":
+        length |= dict(steps_per_call=1)
+    train, test = (
+        (images[order[:n]], labels[order[:n]])
+        for (images, labels), order, n in zip(pairs, orders, sizes, strict=True)
+    )
+    length |= dict(batch_size=50, augment=nnx_cifar.augment)
+    return Task(train, test, 32, resnet(depth, width), length, tuning_seeds=1)
+
+
+def resnet(depth, width):
+    """Return ``init`` and ``features`` of nnx_cifar's network; dropout after blocks."""
+
+    def create(key):
+        model = nnx_cifar.ResNet(depth, width, 10, rngs=nnx.Rngs(params=key))
+        return nnx.split(model, nnx.PathContains("head"), ...)
+
+    graphdef, unused_head, _ = create(jax.random.key(0))
+
+    def init(key):
+        _, head, body = create(key)
+        head = head["head"]
+        return body, {"w": head["kernel"][...], "b": head["bias"][...]}
+
+    def features(params, images, drop):
+        model = nnx.merge(graphdef, unused_head, params[0])
+        x = model.stem(nnx_cifar.normalize(images))
+        for block in model.blocks.layers:
+            x = drop(block(x))
+        return x.mean(axis=(1, 2))
+
+    return init, features
+
+
+def photographs(size, shape, number):
+    """Cut patches, (number, *shape), out of scikit-learn's photographs."""
+    scale = max(2, 32 // size)  # pixels of the photograph for one of a patch
+    rng = np.random.default_rng(0)
+    patches = []
+    for photo, _ in zip(itertools.cycle(load_sample_images().images), range(number)):
+        rows, columns = (
+            rng.integers(n - scale * size + 1) + np.arange(scale * size)
+            for n in photo.shape[:2]
+        )
+        patch = photo[np.ix_(rows, columns)].reshape(size, scale, size, scale, 3)
+        patches.append(patch.mean(axis=(1, 3)))
+    patches = np.stack(patches)
+    return patches if shape == (size, size, 3) else patches.mean(axis=-1) / 255
+
+
+def make_problem(task, config, num_data):
+    """Return the task with this many examples of it to train on."""
+    init, features = task.network
+    length = task.length | ({"epochs": config.epochs} if config.epochs else {})
+    return baselines.Problem(
+        init=init,
+        features=features,
+        loss=optax.softmax_cross_entropy_with_integer_labels,
+        num_data=num_data,
+        **length,
+    )
+
+
+def stacked(settings, repeats):
+    """Return a tree of arrays with each setting as often as that."""
+    return {
+        name: jnp.repeat(jnp.array([s[name] for s in settings]), repeats)
+        for name in settings[0]
+    }
+
+
+def tune(name, task, config):
+    """Print all trials of a system; return its best setting, and a run's seconds."""
+    trials, seconds = validate(name, task, config)
+    best, _ = min(trials, key=lambda trial: np.nan_to_num(trial[1], nan=np.inf))
+    print_trials(name, trials, best)
+    return best, seconds
+
+
+def validate(name, task, config):
+    """Return the NLL of every setting on the last third, and the seconds of a run."""
+    system, grid = SYSTEMS[name]
+    settings = [
+        dict(zip(grid, values, strict=True))
+        for values in itertools.product(*grid.values())
+    ]
+    cut = 2 * len(task.train[1]) // 3
+    problem = make_problem(task, config, cut)
+    seeds = config.tuning_seeds or task.tuning_seeds
+    keys = jax.random.split(jax.random.key(1000), (2, seeds))
+    # The same keys for all settings: the same first weights and order of the images.
+    train_keys, test_keys = keys[:, jnp.arange(seeds * len(settings)) % seeds]
+    stack = stacked(settings, seeds)
+    data = [jnp.asarray(array[:cut]) for array in task.train]
+    runs = baselines.fit(
+        system, problem, train_keys, stack, data, f"{name}, {len(test_keys)} trials"
+    )
+    samples = 1 if name in POINTS else config.num_samples
+    images, labels = (jnp.asarray(array[cut:]) for array in task.train)
+    probs = baselines.predict(system, problem, runs, test_keys, stack, images, samples)
+    nll = jax.jit(jax.vmap(metrics.negative_log_likelihood, (0, None)))(probs, labels)
+    nll = np.asarray(nll).reshape(len(settings), seeds).mean(axis=1)
+    return list(zip(settings, nll, strict=True)), runs.seconds
+
+
+def test(name, setting, task, config, images):
+    """Train on all examples; return rows of probabilities (seeds, N, C) of `images`."""
+    system, _ = SYSTEMS[name]
+    problem = make_problem(task, config, len(task.train[1]))
+    members = config.members if name in ENSEMBLES else 1
+    keys = jax.random.split(jax.random.key(0), (2, config.seeds * members))
+    stack = stacked([setting], keys.shape[1])
+    data = [jnp.asarray(array) for array in task.train]
+    runs = baselines.fit(system, problem, keys[0], stack, data, f"{name}, seeds")
+
+    def predict(system, first, num_samples):
+        state, *rest = jax.tree.map(lambda a: a[first], (runs.state, keys[1], stack))
+        some = runs._replace(state=state)
+        return baselines.predict(system, problem, some, *rest, images, num_samples)
+
+    singles, everyone = np.s_[::members], np.s_[:]
+    if name in POINTS:
+        rows = {name: predict(system, singles, 1)}
+    else:
+        rows = {name: predict(system, singles, config.num_samples)}
+    if name == "IVON":
+        rows["IVON@mean"] = predict(baselines.at_mean(system), singles, 1)
+    if name in ENSEMBLES:
+        samples = 1 if name in POINTS else -(-config.num_samples // members)
+        probs = predict(system, everyone, samples)
+        probs = probs.reshape(config.seeds, members, *probs.shape[1:])
+        rows[ENSEMBLES[name]] = probs.mean(axis=1)
+    return rows
+
+
+def score(probs, labels, num_others):
+    """Return the scores of both tables, (seeds,) each, the second's for every set."""
+    inside, outside = jnp.split(probs, [len(labels)], axis=1)
+    labels = jnp.asarray(labels)
+    columns = {
+        title: jax.jit(jax.vmap(metric, (0, None)))(inside, labels)
+        for title, metric in SCORES.items()
+    }
+    # A score is high for what looks in domain.
+    inside, *outside = (
+        -entr(part).sum(axis=-1)
+        for part in (inside, *jnp.split(outside, num_others, axis=1))
+    )
+    detect = jax.jit(jax.vmap(metrics.out_of_distribution))
+    results = [detect(inside, part) for part in outside]
+    return columns, [
+        {title: 100 * result[key] for title, key in DETECTION.items()}
+        for result in results
+    ]
+
+
+def error(values):
+    """Return the standard error of the mean over seeds, nan for one."""
+    return np.std(values) / np.sqrt(len(values) - 1) if len(values) > 1 else np.nan
+
+
+def print_rows(titles, rows):
+    """Print a table of mean ± standard error; rows are (first cell, columns, last)."""
+    print(f"| {' | '.join(titles)} |\n{'| --- ' * len(titles)}|")
+    for name, columns, *last in rows:
+        cells = [
+            f"{np.mean(v):.{digits}f} ± {error(v):.{digits}f}"
+            for v, digits in (
+                (v, 1 if title.endswith("%") else 3) for title, v in columns
+            )
+        ]
+        print(f"| {' | '.join([name, *cells, *last])} |")
+
+
+def print_conditions(config):
+    """Print what ran, and the head of the table of trials."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    print(
+        f"jax {jax.__version__} on {jax.devices()[0].device_kind} "
+        f"({platform.machine()}), commit {commit}, `{config}`\n"
+    )
+    print(f"| validation | learning rate | | NLL | | |\n{'| --- ' * 6}|")
+
+
+def print_trials(name, trials, best):
+    """Print the validation NLL of every setting, a row for each learning rate."""
+    for rate, group in itertools.groupby(trials, lambda t: t[0]["learning_rate"]):
+        cells = []
+        for setting, nll in group:
+            _, (other, value) = setting.items()
+            mark = "**" if setting == best else ""
+            cells.append(f"{mark}{nll:.3f} ({value:g}){mark}")
+        row = [name, f"{rate:g}", other, *cells]
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def save_plot(path, scores, others):
+    """Draw NLL and AUROC of all systems, one above the other."""
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    rows = range(len(scores))
+    nll = [inside["NLL"] for inside, _ in scores.values()]
+    left.errorbar(np.mean(nll, 1), rows, xerr=[*map(error, nll)], fmt="o", color="k")
+    left.set(xlabel="test NLL (nats), lower is better", yticks=rows)
+    left.set_yticklabels(scores)
+    left.invert_yaxis()
+    for i, (name, color) in enumerate(zip(others, ("#0072B2", "#D55E00"), strict=True)):
+        auroc = [outside[i]["AUROC %"] for _, outside in scores.values()]
+        bars = [*map(error, auroc)]
+        mean = np.mean(auroc, 1)
+        right.errorbar(mean, rows, xerr=bars, fmt="o", color=color, label=name)
+    right.set(xlabel="AUROC (%), higher is better")
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    for axes in (left, right):
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    """Tune, train, test and print."""
+    config = parse_args(Config, __doc__)
+    make_task = mnist_task if config.mnist else digits_task
+    task = (cifar_task if config.cifar else make_task)(config)
+    images, labels = task.test
+    others = {
+        "turned": np.rot90(images, axes=(1, 2)),
+        "photographs": photographs(task.size, images.shape[1:], len(images)),
+    }
+    images = np.concatenate([images, *others.values()]).astype(images.dtype)
+    print_conditions(config)
+    seconds, probs = {}, {}
+    for name in SYSTEMS:
+        setting, seconds[name] = tune(name, task, config)
+        probs |= test(name, setting, task, config, images)
+    seconds["IVON@mean"] = seconds["IVON"]
+    seconds |= {new: config.members * seconds[old] for old, new in ENSEMBLES.items()}
+    scores = {name: score(probs[name], labels, len(others)) for name in ROWS}
+
+    print()
+    print_rows(
+        ["in domain", *SCORES, "time / AdamW"],
+        [
+            (name, inside.items(), f"{seconds[name] / seconds['AdamW']:.1f}")
+            for name, (inside, _) in scores.items()
+        ],
+    )
+    for i, other in enumerate(others):
+        print()
+        rows = [(name, outside[i].items()) for name, (_, outside) in scores.items()]
+        print_rows([other, *DETECTION], rows)
+    save_plot(config.plot, scores, others)
+
+
+if __name__ == "__main__":
+    main()
