@@ -1,0 +1,477 @@
+"""How close is each system's predictive distribution to the exact posterior's?
+
+    python benchmarks/ground_truth.py              # 6 min of CPU time
+    python benchmarks/ground_truth.py --tasks regression --uci wine.txt --noise 0.75
+    python benchmarks/ground_truth.py --full 1     # longer chains, ten seeds
+
+This is the paper's Table 14 in small: two networks for which long chains of Hamiltonian
+Monte Carlo are the truth. One classifies scikit-learn's digits by their ten principal
+components, the other is a regression with Gaussian noise of known size, on its diabetes
+data or a UCI set. All systems have the same likelihood and, but for AdamW, the same
+Gaussian prior. Each has nine trials and keeps the one with the lowest NLL on a third of
+the training data, not the one closest to the truth; ensembles take their members'.
+
+Measured as by Izmailov et al. (2021) and Wilson et al. (2022):
+
+* agreement: for how many inputs is the most probable class the same?
+* TV: total variation distance of the class probabilities, averaged over inputs.
+* W2: Wasserstein-2 distance between the posterior distributions of the regression
+  function, noise excluded, at one input, in standard deviations of the target;
+  averaged over inputs. Beside it the function's standard deviation over the exact one.
+
+The last row, one chain against all others, is what can be reached. The shifted inputs
+are digits turned by 90 degrees, and regression inputs twice as far from their mean. The
+picture has the class probabilities, and the standard deviations of the function.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import operator
+import pathlib
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import baselines
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from sklearn.datasets import load_diabetes, load_digits
+from sklearn.decomposition import PCA
+
+from ivon_jax import metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every knob of this run; each field is also a command-line flag."""
+
+    tasks: str = "digits,regression"
+    uci: str = ""  # text, a row per example, the target last; empty: diabetes
+    noise: float = 0.7  # standard deviation, of a target with one of 1
+    components: int = 10  # of the digits
+    width: int = 16  # of the hidden layer
+    prior_precision: float = 1.0
+    chains: int = 4
+    warmup: int = 300  # steps of a chain that adapt the sampler
+    length: int = 500  # draws of a chain
+    leapfrogs: int = 150  # gradients of a draw
+    batch_size: int = 50
+    steps: int = 4000  # of training
+    tuning_seeds: int = 2
+    seeds: int = 3
+    members: int = 5  # of an ensemble
+    num_samples: int = 256  # draws of one posterior
+    full: int = 0  # 1: 8 chains of 2000 draws, 20000 steps and ten seeds
+    plot: str = "ground_truth.png"
+
+
+class Task(NamedTuple):
+    """Data, network, likelihood, and what to measure."""
+
+    train: tuple  # inputs (N, D) and targets
+    test: tuple
+    shifted: jax.Array  # inputs
+    num_outputs: int
+    rate: float  # unit of learning rates for gradients that Adam does not scale
+    loss: Callable
+    predict: Callable  # outputs -> what the measures take
+    scores: dict  # name -> function of draws (S, N, C) and targets
+    distances: dict  # name -> function of draws and exact draws
+    picture: Callable  # draws -> what to draw
+    label: str  # of that
+
+
+def digits(config):
+    """Classify digits; the second half, by other writers, is for testing."""
+    data = load_digits()
+    half = len(data.target) // 2
+    pca = PCA(config.components).fit(data.data[:half])
+    scale = pca.transform(data.data[:half]).std()
+    turned = np.rot90(data.images[half:], axes=(1, 2)).reshape(-1, 64)
+    train, test, shifted = (
+        jnp.asarray(pca.transform(images) / scale, jnp.float32)
+        for images in (data.data[:half], data.data[half:], turned)
+    )
+    labels = jnp.asarray(data.target, jnp.int32)
+    return Task(
+        (train, labels[:half]),
+        (test, labels[half:]),
+        shifted,
+        num_outputs=10,
+        rate=1.0,
+        loss=optax.softmax_cross_entropy_with_integer_labels,
+        predict=jax.nn.softmax,
+        scores={
+            "accuracy %": lambda p, y: 100 * metrics.accuracy(p.mean(axis=0), y),
+            "NLL": lambda p, y: metrics.negative_log_likelihood(p.mean(axis=0), y),
+        },
+        distances={"agreement %": agreement, "TV": total_variation},
+        picture=lambda probs: probs.mean(axis=0),
+        label="class probability",
+    )
+
+
+def regression(config):
+    """Predict a standardised target; a random fifth of the rows is for testing."""
+    rows = (
+        np.loadtxt(config.uci) if config.uci else np.c_[load_diabetes(return_X_y=True)]
+    )
+    rows = np.random.default_rng(0).permutation(rows)
+    cut = 4 * len(rows) // 5
+    rows = (rows - rows[:cut].mean(axis=0)) / rows[:cut].std(axis=0)
+    x, y = jnp.asarray(rows[:, :-1], jnp.float32), jnp.asarray(rows[:, -1], jnp.float32)
+
+    def log_density(outputs, y):
+        return jax.scipy.stats.norm.logpdf(y, outputs[..., 0], config.noise)
+
+    def mixture(draws, y):
+        return jax.nn.logsumexp(log_density(draws, y), axis=0) - jnp.log(len(draws))
+
+    return Task(
+        (x[:cut], y[:cut]),
+        (x[cut:], y[cut:]),
+        2 * x[cut:],
+        num_outputs=1,
+        rate=config.noise**2 / 4,  # a softmax has at most a quarter of the curvature
+        loss=lambda outputs, y: -log_density(outputs, y),
+        predict=lambda outputs: outputs,
+        scores={
+            "RMSE": lambda f, y: jnp.sqrt(jnp.mean((f.mean(axis=0)[:, 0] - y) ** 2)),
+            "NLL": lambda f, y: -mixture(f, y).mean(),
+        },
+        distances={"W2": wasserstein, "stddev / exact": relative_stddev},
+        picture=lambda outputs: outputs.std(axis=0),
+        label="standard deviation",
+    )
+
+
+def agreement(draws, exact):
+    """Return the share of inputs with the same most probable class, in per cent."""
+    top, exact_top = (p.mean(axis=0).argmax(axis=-1) for p in (draws, exact))
+    return 100 * jnp.mean(top == exact_top)
+
+
+def total_variation(draws, exact):
+    """Return half of the L1 distance of probabilities, averaged over inputs."""
+    difference = draws.mean(axis=0) - exact.mean(axis=0)
+    return 0.5 * jnp.abs(difference).sum(axis=-1).mean()
+
+
+def wasserstein(draws, exact):
+    """Return the root mean squared distance of quantiles, averaged over inputs."""
+    levels = (jnp.arange(200) + 0.5) / 200
+    distance = jnp.quantile(draws, levels, axis=0) - jnp.quantile(exact, levels, axis=0)
+    return jnp.sqrt((distance**2).mean(axis=0)).mean()
+
+
+def relative_stddev(draws, exact):
+    """Return the standard deviation over the exact one, averaged over inputs."""
+    return (draws.std(axis=0) / exact.std(axis=0)).mean()
+
+
+def make_problem(task, config, num_data):
+    """Return the network with one hidden layer, and the length of its training."""
+    sizes = task.train[0].shape[1], config.width, task.num_outputs
+    epochs = -(-config.steps // (num_data // config.batch_size))
+    return baselines.Problem(
+        *baselines.mlp(sizes),
+        task.loss,
+        num_data,
+        config.batch_size,
+        epochs,
+        config.prior_precision,
+    )
+
+
+def sample_exactly(problem, data, key, config):
+    """Run chains of Hamiltonian Monte Carlo, each from initial weights of its own.
+
+    Returns weights and blackjax's information, with axes of chains and draws.
+    """
+    x, y = data
+
+    def log_density(params):
+        prior = 0.5 * problem.prior_precision * optax.tree.norm(params, squared=True)
+        return -problem.loss(problem.apply(params, x), y).sum() - prior
+
+    def run(key):
+        init_key, warmup_key, sample_key = jax.random.split(key, 3)
+        adaptation = blackjax.window_adaptation(
+            blackjax.hmc,
+            log_density,
+            target_acceptance_rate=0.85,
+            num_integration_steps=config.leapfrogs,
+        )
+        (state, parameters), _ = adaptation.run(
+            warmup_key, problem.init(init_key), num_steps=config.warmup
+        )
+        _, chain = blackjax.util.run_inference_algorithm(
+            sample_key,
+            blackjax.hmc(log_density, **parameters),
+            num_steps=config.length,
+            initial_state=state,
+            transform=lambda state, info: (state.position, info),
+        )
+        return chain
+
+    return jax.jit(jax.vmap(run))(jax.random.split(key, config.chains))
+
+
+TASKS = {"digits": digits, "regression": regression}
+# What is trained, what predicts, and whether all members of an ensemble do.
+ROWS = {
+    "AdamW": ("AdamW", baselines.adamw, False),
+    "SGD": ("SGD", baselines.sgd, False),
+    "Laplace": ("Laplace", baselines.laplace, False),
+    "SWAG": ("SWAG", baselines.swag, False),
+    "BBB": ("BBB", baselines.bbb, False),
+    "IVON@mean": ("IVON", baselines.at_mean(baselines.ivon), False),
+    "IVON": ("IVON", baselines.ivon, False),
+    "Deep ensemble": ("SGD", baselines.sgd, True),
+    "Multi-SWAG": ("SWAG", baselines.swag, True),
+    "Multi-IVON": ("IVON", baselines.ivon, True),
+}
+
+
+def grids(task, config):
+    """Return nine trials for each system."""
+    maximum = {
+        "learning_rate": np.geomspace(0.02, 0.5, 9) * task.rate,
+        "prior_precision": (config.prior_precision,),
+    }
+    of_values = {
+        "AdamW": {
+            "learning_rate": (3e-3, 1e-2, 3e-2),
+            "weight_decay": (0.1, 0.3, 1.0),
+        },
+        "SGD": maximum,
+        "Laplace": maximum,
+        "SWAG": {
+            "learning_rate": np.array((0.1, 0.3, 1.0)) * task.rate,
+            "swa_ratio": (0.1, 0.3, 1.0),
+        },
+        "BBB": {
+            "learning_rate": (3e-3, 1e-2, 3e-2),
+            "hess_init": (0.1, 1.0, 10.0),
+        },
+        "IVON": {
+            "learning_rate": np.array((0.3, 1.0, 3.0)) * task.rate,
+            "hess_init": (0.1, 0.3, 1.0),
+        },
+    }
+    return {
+        name: [
+            dict(zip(values, map(float, trial), strict=True))
+            for trial in itertools.product(*values.values())
+        ]
+        for name, values in of_values.items()
+    }
+
+
+class Runs(NamedTuple):
+    """What was trained, each with a leading axis of runs."""
+
+    state: Any
+    keys: jax.Array
+    settings: dict
+
+
+def train(system, problem, keys, settings, data, description):
+    """Train a run for each key and each of the settings, a list of dictionaries."""
+    settings = jax.tree.map(lambda *values: jnp.array(values), *settings)
+    fitted = baselines.fit(system, problem, keys, settings, data, description)
+    return Runs(fitted.state, keys, settings)
+
+
+def draw(system, problem, runs, x, num_samples):
+    """Return the outputs (runs, draws, N, C) of each run's draws."""
+
+    def of_run(run):
+        outputs = system(problem, **run.settings).outputs
+        keys = jax.random.split(run.keys, num_samples)
+        return jax.lax.map(lambda key: outputs(key, run.state, x), keys)
+
+    return jax.jit(jax.vmap(of_run))(runs)
+
+
+def tune(task, config, name, trials):
+    """Return the validation NLL of all trials, on a third of the training data."""
+    x, y = task.train
+    cut = 2 * len(y) // 3
+    problem, system = make_problem(task, config, cut), ROWS[name][1]
+    keys = jax.random.split(jax.random.key(1000), config.tuning_seeds)
+    keys = jnp.tile(keys, len(trials))
+    settings = [trial for trial in trials for _ in range(config.tuning_seeds)]
+    data = x[:cut], y[:cut]
+    runs = train(system, problem, keys, settings, data, f"tuning {name}")
+    draws = draw(system, problem, runs, x[cut:], config.num_samples // 4)
+    loss = jax.jit(task.scores["NLL"])  # unchecked: a trial may diverge
+    losses = [loss(task.predict(run), y[cut:]) for run in draws]
+    losses = np.reshape(losses, (len(trials), -1)).mean(axis=1)
+    return np.nan_to_num(losses, nan=np.inf)
+
+
+def measure(task, draws, exact):
+    """Return the measures of draws (S, test + shifted inputs, C), one per column."""
+    num_test = len(task.shifted)
+    scores = [fn(draws[:, :num_test], task.test[1]) for fn in task.scores.values()]
+    distances = [
+        fn(draws[:, part], exact[:, part])
+        for part in np.s_[:num_test, num_test:]
+        for fn in task.distances.values()
+    ]
+    return [float(value) for value in scores + distances]
+
+
+def predictions(task, config, trials, losses, inputs):
+    """Train with the best settings; yield the draws (seeds, S, N, C) of each row."""
+    problem = make_problem(task, config, len(task.train[1]))
+    keys = jax.random.split(jax.random.key(0), config.seeds * config.members)
+    fitted = {}
+    for name in trials:
+        settings = [trials[name][losses[name].argmin()]] * len(keys)
+        fitted[name] = train(
+            ROWS[name][1], problem, keys, settings, task.train, f"training {name}"
+        )
+    for name, (trained, system, ensemble) in ROWS.items():
+        # Alone, it is the first member that predicts.
+        used = operator.itemgetter(np.s_[:: 1 if ensemble else config.members])
+        runs = jax.tree.map(used, fitted[trained])
+        draws = task.predict(draw(system, problem, runs, inputs, config.num_samples))
+        yield name, draws.reshape(config.seeds, -1, *draws.shape[2:])
+
+
+def print_table(header, lines):
+    """Print a Markdown table."""
+    print(f"\n| {' | '.join(header)} |\n{'| --- ' * len(header)}|")
+    for line in lines:
+        print(f"| {' | '.join(line)} |", flush=True)
+
+
+def print_chains(params, info, exact, minutes):
+    """Print whether the chains agree on predictions (chains, draws, inputs, C)."""
+    halves = exact.reshape(2 * len(exact), -1, *exact.shape[2:])
+    rhat = np.asarray(blackjax.diagnostics.potential_scale_reduction(halves))
+    size = np.asarray(blackjax.diagnostics.effective_sample_size(exact))
+    cells = {
+        "weights": f"{sum(x[0, 0].size for x in jax.tree.leaves(params))}",
+        "chains x draws": f"{exact.shape[0]} x {exact.shape[1]}",
+        "acceptance": f"{info.acceptance_rate.mean():.2f}",
+        "divergent": f"{info.is_divergent.sum()}",
+        "R-hat: median": f"{np.median(rhat):.3f}",
+        "95 %": f"{np.percentile(rhat, 95):.3f}",
+        "worst": f"{rhat.max():.3f}",
+        "ESS: median": f"{np.median(size):.0f}",
+        "5 %": f"{np.percentile(size, 5):.0f}",
+        "worst ESS": f"{size.min():.0f}",
+        "minutes": f"{minutes:.1f}",
+    }
+    print_table(cells, [cells.values()])
+
+
+def print_results(task, results):
+    """Print mean and standard error over seeds; over chains in the last row."""
+    columns = [*task.scores, *task.distances]
+    columns += [f"{name}, shifted" for name in task.distances]
+    lines = []
+    for name, table in results.items():
+        table = np.array(table)
+        error = table.std(axis=0, ddof=1) / len(table) ** 0.5
+        decimals = [1 if "%" in column else 3 for column in columns]
+        cells = zip(table.mean(axis=0), error, decimals, strict=True)
+        lines.append([name, *(f"{m:.{d}f} ± {e:.{d}f}" for m, e, d in cells)])
+    print_table(["", *columns], lines)
+
+
+def print_trials(trials, losses):
+    """Print the validation NLL of every trial, the best in bold."""
+    lines = []
+    for name, settings in trials.items():
+        cells = [
+            " / ".join(f"{value:.2g}" for value in setting.values()) + f": {loss:.4f}"
+            for setting, loss in zip(settings, losses[name], strict=True)
+        ]
+        best = losses[name].argmin()
+        cells[best] = f"**{cells[best]}**"
+        lines.append([f"{name}: {' / '.join(settings[0])}", ", ".join(cells)])
+    print_table(["", "trials: validation NLL"], lines)
+
+
+def plot(path, pictures):
+    """Draw predictions over the exact ones, a row of axes for each task."""
+    names = "Deep ensemble", "Laplace", "SWAG", "BBB", "IVON", "Multi-IVON"
+    figure = Figure((13, 2.4 * len(pictures)), dpi=150, layout="constrained")
+    axes = figure.subplots(len(pictures), len(names), squeeze=False, sharey="row")
+    for row, (label, values) in zip(axes, pictures.items(), strict=True):
+        for axis, name in zip(row, names, strict=True):
+            x, y = values["exact"].ravel(), values[name].ravel()
+            axis.plot(x, y, ".", color="#D55E00", markersize=2, alpha=0.3)
+            axis.axline((0, 0), slope=1, color="#999999", linewidth=0.8)
+            axis.set(title=name, xlabel="exact")
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(label)
+    figure.savefig(path)
+
+
+def compare(task, config):
+    """Sample, tune, train, measure and print; return what to draw."""
+    begin = time.perf_counter()
+    problem = make_problem(task, config, len(task.train[1]))
+    params, info = sample_exactly(problem, task.train, jax.random.key(2), config)
+    inputs = jnp.concatenate([task.test[0], task.shifted])
+    apply = jax.vmap(jax.vmap(problem.apply, (0, None)), (0, None))
+    exact = jax.block_until_ready(task.predict(apply(params, inputs)))
+    minutes = (time.perf_counter() - begin) / 60
+    print_chains(params, info, exact[:, :, : len(task.shifted)], minutes)
+
+    trials = grids(task, config)
+    losses = {name: tune(task, config, name, trials[name]) for name in trials}
+    pooled = exact.reshape(-1, *exact.shape[2:])
+    results, pictures = {}, {"exact": task.picture(pooled)}
+    for name, draws in predictions(task, config, trials, losses, inputs):
+        results[name] = [measure(task, seed, pooled) for seed in draws]
+        pictures[name] = task.picture(draws[0])
+    results["HMC, one chain"] = [
+        measure(task, chain, jnp.delete(exact, i, axis=0).reshape(-1, *chain.shape[1:]))
+        for i, chain in enumerate(exact)
+    ]
+    print_results(task, results)
+    print_trials(trials, losses)
+    return pictures
+
+
+def main():
+    """Compare the systems on all tasks, and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for field in dataclasses.fields(Config):
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+    config = Config(**vars(parser.parse_args()))
+    if config.full:
+        longer = dict(chains=8, warmup=1000, length=2000, steps=20_000, seeds=10)
+        config = dataclasses.replace(config, **longer)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    print(
+        f"jax {jax.__version__}, blackjax {blackjax.__version__} on "
+        f"{jax.devices()[0].device_kind} ({platform.machine()}), commit {commit}, "
+        f"{dataclasses.replace(config, uci=pathlib.Path(config.uci).name)}",
+        flush=True,
+    )
+    pictures = {}
+    for name in config.tasks.split(","):
+        print(f"\n### {name}")
+        task = TASKS[name](config)
+        pictures[task.label] = compare(task, config)
+    plot(config.plot, pictures)
+
+
+if __name__ == "__main__":
+    main()
