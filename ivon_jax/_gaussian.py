@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _checks, _rules, _sharding
+from . import _checks, _noise, _rules, _sharding
 
 
 class NaturalParameters(NamedTuple):
@@ -254,7 +254,7 @@ def standard_normal(q: Posterior, key: jax.Array) -> optax.Params:
     def draw(mean, precision, leaf_key):
         # Without its sharding every device would draw the noise of all.
         sharding = _sharding.in_type(mean)
-        return jax.random.normal(
+        return _noise.normal(
             leaf_key, mean.shape, precision.dtype, out_sharding=sharding
         )
 
