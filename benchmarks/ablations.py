@@ -18,6 +18,7 @@ import baselines
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 import uncertainty
 from matplotlib.figure import Figure
 from scipy import ndimage
@@ -54,7 +55,7 @@ def train(system, settings, task, config, description):
     runs = baselines.fit(system, problem, keys[0], stack, data, description)
 
     def probs(system, num_samples):
-        arguments = problem, runs, keys[1], stack, images, num_samples
+        arguments = problem, runs.state, keys[1], stack, images, num_samples
         result = baselines.predict(system, *arguments)
         return result.reshape(len(settings), config.seeds, *result.shape[1:])
 
@@ -75,10 +76,11 @@ def scores(probs, labels):
 def of_hess_init(setting, task, config):
     """Return rows by h_0, at the mean and by samples."""
     settings = [setting | {"hess_init": h} for h in HESS_INITS]
-    probs = train(baselines.ivon, settings, task, config, "h_0")
+    system, _ = uncertainty.SYSTEMS["IVON"]
+    probs = train(system, settings, task, config, "h_0")
     labels = task.test[1]
-    at_mean = probs(baselines.at_mean(baselines.ivon), 1)
-    sampled = probs(baselines.ivon, config.num_samples)
+    at_mean = probs(baselines.at_mean(system), 1)
+    sampled = probs(system, config.num_samples)
     return {
         f"{h:g}": (scores(mean, labels), scores(samples, labels))
         for h, mean, samples in zip(HESS_INITS, at_mean, sampled, strict=True)
@@ -89,7 +91,8 @@ def of_num_samples(setting, task, config):
     """Return rows by the number of samples, in prediction and in training."""
     labels, prediction, training = task.test[1], {}, {}
     for mc_samples in MC_SAMPLES:
-        system = functools.partial(baselines.ivon, mc_samples=mc_samples)
+        ivon = functools.partial(baselines.ivon, mc_samples=mc_samples)
+        system = baselines.with_prior(ivon)
         probs = train(system, [setting], task, config, f"{mc_samples} samples")
         [sampled] = probs(system, config.num_samples)
         training[str(mc_samples)] = scores(sampled, labels)
@@ -132,7 +135,7 @@ def save_plot(path, hess_init, prediction, training, shift):
 
     def line(panel, x, rows, color, label=None):
         nll = np.array([row["NLL"] for row in rows])
-        errors = [uncertainty.error(values) for values in nll]
+        errors = [report.error(values) for values in nll]
         panel.errorbar(x, nll.mean(1), errors, color=color, marker="o", label=label)
 
     means, samples = zip(*hess_init.values(), strict=True)
@@ -160,18 +163,19 @@ def save_plot(path, hess_init, prediction, training, shift):
 
 def main():
     """Tune, train, and print the tables."""
-    config = uncertainty.parse_args(Config, __doc__)
+    config = report.parse_args(Config, __doc__)
     make_task = uncertainty.mnist_task if config.mnist else uncertainty.digits_task
     task = make_task(config)
-    uncertainty.print_conditions(config)
+    report.print_conditions(config)
     names = "AdamW", "SGD", "IVON"
-    settings = {name: uncertainty.tune(name, task, config)[0] for name in names}
+    tuned = {name: uncertainty.tune(name, task, config) for name in names}
+    settings = {name: setting for name, (setting, *_) in tuned.items()}
     hess_init = of_hess_init(settings["IVON"], task, config)
     prediction, training = of_num_samples(settings["IVON"], task, config)
     shift = of_shift(settings, task, config)
 
-    print()
-    uncertainty.print_rows(
+    report.print_table(report.TRIALS, [cells for *_, cells in tuned.values()])
+    uncertainty.print_scores(
         ["h_0", *(f"{title} at the mean" for title in TITLES), *TITLES],
         [
             (h, [*mean.items(), *samples.items()])
@@ -179,11 +183,9 @@ def main():
         ],
     )
     for title, table in (("prediction", prediction), ("training", training)):
-        print()
         rows = [(name, row.items()) for name, row in table.items()]
-        uncertainty.print_rows([f"samples in {title}", *TITLES], rows)
-    print()
-    uncertainty.print_rows(
+        uncertainty.print_scores([f"samples in {title}", *TITLES], rows)
+    uncertainty.print_scores(
         ["severity, system", *TITLES],
         [
             (f"{severity}, {name}", rows[severity].items())

@@ -3,13 +3,14 @@
 A system is a function ``system(problem, **setting) -> System``, where a `Problem` is a
 network, its likelihood and the length of training, and a setting is hyperparameters
 that may be traced: `fit` trains many runs, each with a key and a setting of its own, as
-one vmapped program, and `predict` averages any function of their outputs over draws.
+one vmapped program, and `predict` averages their class probabilities over draws.
 
     runs = fit(ivon, problem, keys, settings, (inputs, targets))
-    probs = predict(ivon, problem, runs, keys, settings, test_inputs, num_samples=64)
+    probs = predict(ivon, problem, runs.state, keys, settings, test_inputs, 64)
 
-All have the same prior, of mean zero and precision `Problem.prior_precision`; weight
-decay is that divided by the number of data, if it is not a hyperparameter.
+All have the same prior, of mean zero and precision `Problem.prior_precision`, which
+`with_prior` makes a hyperparameter; only AdamW and AdaHessian have a weight decay that
+is none. `trials` are settings to tune with.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
+from scipy.stats import qmc
 from tqdm import tqdm
 
 import ivon_jax
@@ -87,6 +89,24 @@ class System(NamedTuple):
     finish: Callable = lambda state, _x, _y: state  # state, all data -> state
 
 
+def with_prior(system):
+    """Make the precision of the prior a hyperparameter of `system`."""
+
+    def with_precision(problem, prior_precision, **setting):
+        problem = dataclasses.replace(problem, prior_precision=prior_precision)
+        return system(problem, **setting)
+
+    return with_precision
+
+
+def trials(ranges, count):
+    """Return settings {name: (count,)}, a Sobol sequence in log(low) to log(high)."""
+    low, high = np.log(list(ranges.values())).T
+    points = qmc.Sobol(len(ranges), seed=0).random(count)
+    points = np.exp(low + points * (high - low)).astype("float32")
+    return dict(zip(ranges, points.T, strict=True))
+
+
 def mlp(sizes):
     """Return ``init`` and ``features`` of a multilayer perceptron with ReLUs."""
     he_normal = jax.nn.initializers.he_normal()
@@ -135,10 +155,10 @@ def heavy_ball(schedule, weight_decay):
     return optax.chain(decay, optax.sgd(schedule, momentum=0.9))
 
 
-def sgd(problem, learning_rate, prior_precision):
+def sgd(problem, learning_rate):
     """Return SGD with momentum, for the maximum of the posterior density."""
-    weight_decay = prior_precision / problem.num_data
-    return point(problem, heavy_ball(problem.schedule(learning_rate), weight_decay))
+    schedule = problem.schedule(learning_rate)
+    return point(problem, heavy_ball(schedule, problem.weight_decay))
 
 
 def adahessian(problem, learning_rate, weight_decay, b1=0.9, b2=0.999, eps=1e-4):
@@ -229,14 +249,14 @@ def bbb(problem, learning_rate, hess_init):
     return gaussian(problem, posterior, init, step)
 
 
-def laplace(problem, learning_rate, prior_precision):
+def laplace(problem, learning_rate, head_precision):
     """Return SGD, then the last layer's linearised Laplace approximation.
 
     The outputs are linear in the last layer, so its posterior under the Gauss-Newton
     matrix is exact for the linearised model (Daxberger et al., 2021). As is usual, that
-    layer's `prior_precision` is tuned apart from the one of training.
+    layer's prior, of `head_precision`, is tuned apart from the one of training.
     """
-    base = sgd(problem, learning_rate, problem.prior_precision)
+    base = sgd(problem, learning_rate)
 
     def inputs_of_head(params, x):
         x = problem.features(params, x, lambda x: x)
@@ -253,7 +273,7 @@ def laplace(problem, learning_rate, prior_precision):
 
         size = phi.shape[1] * curvature.shape[1]
         precision = jax.lax.map(row, curvature.swapaxes(0, 1)).reshape(size, size)
-        precision += prior_precision * jnp.eye(size)
+        precision += head_precision * jnp.eye(size)
         return params, jnp.linalg.cholesky(precision)
 
     def outputs(key, state, x):
@@ -469,16 +489,20 @@ def fit(system, problem, keys, settings, data, description=""):
     return Fitted(state, min(seconds) * problem.epochs)
 
 
-def predict(system, problem, fitted, keys, settings, x, num_samples, fn=jax.nn.softmax):
-    """Average ``fn(outputs)``, any tree, over draws: class probabilities by default."""
+def draws(system, problem, states, keys, settings, x, num_samples):
+    """Return outputs (runs, num_samples, N, C), each at a draw of its own."""
 
     def one_run(run):
         key, state, setting = run
         outputs = system(problem, **setting).outputs
         draw_keys = jax.random.split(key, num_samples)
-        draws = jax.lax.map(lambda k: fn(outputs(k, state, x)), draw_keys)
-        return jax.tree.map(lambda draw: draw.mean(axis=0), draws)
+        return jax.lax.map(lambda k: outputs(k, state, x), draw_keys)
 
     group = problem.runs_at_once or len(keys)
     map_runs = jax.jit(lambda runs: jax.lax.map(one_run, runs, batch_size=group))
-    return map_runs((keys, fitted.state, settings))
+    return map_runs((keys, states, settings))
+
+
+def predict(*args):
+    """Return class probabilities (runs, N, C), the mean over `draws`."""
+    return jax.jit(lambda x: jax.nn.softmax(x).mean(axis=1))(draws(*args))

@@ -9,18 +9,16 @@ is what the compiled training step needs besides its arguments, time that of a s
 beside optax.adamw's in the same run. Prints the Markdown table of benchmarks/README.md.
 """
 
-import argparse
 import dataclasses
 import itertools
-import platform
 import statistics
-import subprocess
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
@@ -181,14 +179,12 @@ def cost(config, estimator, tx, train):
 
 def main():
     """Tune, train, measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    config = Config(**vars(parser.parse_args()))
+    config = report.parse_args(Config, __doc__)
+    report.print_conditions(config)
 
-    digits = load_digits()
-    images = jnp.asarray(digits.data / 16, jnp.float32)
-    labels = jnp.asarray(digits.target, jnp.int32)
+    images, labels = load_digits(return_X_y=True)
+    images = jnp.asarray(images / 16, jnp.float32)
+    labels = jnp.asarray(labels, jnp.int32)
     half = len(labels) // 2
     train, test = (images[:half], labels[:half]), (images[half:], labels[half:])
 
@@ -214,27 +210,13 @@ def main():
                 )
             )
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    print(
-        f"jax {jax.__version__} on {jax.devices()[0].device_kind} "
-        f"({platform.machine()}), commit {commit}, {config}\n"
-    )
-    print(
-        "| h_hat | lr, h_0 | accuracy % | NLL | ECE | Brier | memory | time / AdamW |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    decimals, rows = (1, 3, 3, 3), []
     for estimator, (learning_rate, hess_init), results, memory, seconds in lines:
-        errors = results.std(axis=0, ddof=1) / np.sqrt(len(results))
-        columns = zip(results.mean(axis=0), errors, (1, 3, 3, 3), strict=True)
-        cells = " | ".join(
-            f"{mean:.{d}f} ± {error:.{d}f}" for mean, error, d in columns
-        )
-        print(
-            f"| {estimator} | {learning_rate:g}, {hess_init:g} | {cells} "
-            f"| {memory / 2**20:.2f} MiB | {seconds / adamw_time:.1f} |"
-        )
+        cells = map(report.mean_and_error, results.T, decimals)
+        last = f"{memory / 2**20:.2f} MiB", f"{seconds / adamw_time:.1f}"
+        rows.append((estimator, f"{learning_rate:g}, {hess_init:g}", *cells, *last))
+    titles = "lr, h_0", "accuracy %", "NLL", "ECE", "Brier", "memory", "time / AdamW"
+    report.print_table(("h_hat", *titles), rows)
 
 
 if __name__ == "__main__":

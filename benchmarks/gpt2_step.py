@@ -14,7 +14,6 @@ the place of the cast and the noise is drawn again rather than kept. Micro-batch
 that XLA moves out of their loop.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import statistics
@@ -24,6 +23,7 @@ import time
 import jax
 import jax.numpy as jnp
 import optax
+import report
 from tqdm import tqdm
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
@@ -97,18 +97,10 @@ def measure(size, dtype, optimizer, config):
     return buffers(compiled, create), ms
 
 
-def parse_args():
-    """Return the Config of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    return Config(**vars(parser.parse_args()))
-
-
 def main():
     """Print a line for each size and dtype."""
-    config = parse_args()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {config}\n")
+    config = report.parse_args(Config, __doc__)
+    report.print_conditions(config)
     print("| GPT-2 | dtype | buffers, AdamW | IVON | more | ms, AdamW | IVON | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     cases = [(s, d) for s in config.sizes.split(",") for d in config.dtypes.split(",")]

@@ -24,16 +24,12 @@ are digits turned by 90 degrees, and regression inputs twice as far from their m
 picture has the class probabilities, and the standard deviations of the function.
 """
 
-import argparse
 import dataclasses
 import itertools
 import operator
-import pathlib
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import baselines
 import blackjax
@@ -41,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
 from matplotlib.figure import Figure
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.decomposition import PCA
@@ -242,17 +239,14 @@ ROWS = {
 
 def grids(task, config):
     """Return nine trials for each system."""
-    maximum = {
-        "learning_rate": np.geomspace(0.02, 0.5, 9) * task.rate,
-        "prior_precision": (config.prior_precision,),
-    }
+    maximum = {"learning_rate": np.geomspace(0.02, 0.5, 9) * task.rate}
     of_values = {
         "AdamW": {
             "learning_rate": (3e-3, 1e-2, 3e-2),
             "weight_decay": (0.1, 0.3, 1.0),
         },
         "SGD": maximum,
-        "Laplace": maximum,
+        "Laplace": maximum | {"head_precision": (config.prior_precision,)},
         "SWAG": {
             "learning_rate": np.array((0.1, 0.3, 1.0)) * task.rate,
             "swa_ratio": (0.1, 0.3, 1.0),
@@ -275,30 +269,9 @@ def grids(task, config):
     }
 
 
-class Runs(NamedTuple):
-    """What was trained, each with a leading axis of runs."""
-
-    state: Any
-    keys: jax.Array
-    settings: dict
-
-
-def train(system, problem, keys, settings, data, description):
-    """Train a run for each key and each of the settings, a list of dictionaries."""
-    settings = jax.tree.map(lambda *values: jnp.array(values), *settings)
-    fitted = baselines.fit(system, problem, keys, settings, data, description)
-    return Runs(fitted.state, keys, settings)
-
-
-def draw(system, problem, runs, x, num_samples):
-    """Return the outputs (runs, draws, N, C) of each run's draws."""
-
-    def of_run(run):
-        outputs = system(problem, **run.settings).outputs
-        keys = jax.random.split(run.keys, num_samples)
-        return jax.lax.map(lambda key: outputs(key, run.state, x), keys)
-
-    return jax.jit(jax.vmap(of_run))(runs)
+def stack(settings):
+    """Return a tree of arrays of a list of settings."""
+    return jax.tree.map(lambda *values: jnp.array(values), *settings)
 
 
 def tune(task, config, name, trials):
@@ -308,10 +281,11 @@ def tune(task, config, name, trials):
     problem, system = make_problem(task, config, cut), ROWS[name][1]
     keys = jax.random.split(jax.random.key(1000), config.tuning_seeds)
     keys = jnp.tile(keys, len(trials))
-    settings = [trial for trial in trials for _ in range(config.tuning_seeds)]
+    settings = stack([t for t in trials for _ in range(config.tuning_seeds)])
     data = x[:cut], y[:cut]
-    runs = train(system, problem, keys, settings, data, f"tuning {name}")
-    draws = draw(system, problem, runs, x[cut:], config.num_samples // 4)
+    runs = baselines.fit(system, problem, keys, settings, data, f"tuning {name}")
+    arguments = system, problem, runs.state, keys, settings, x[cut:]
+    draws = baselines.draws(*arguments, config.num_samples // 4)
     loss = jax.jit(task.scores["NLL"])  # unchecked: a trial may diverge
     losses = [loss(task.predict(run), y[cut:]) for run in draws]
     losses = np.reshape(losses, (len(trials), -1)).mean(axis=1)
@@ -336,23 +310,17 @@ def predictions(task, config, trials, losses, inputs):
     keys = jax.random.split(jax.random.key(0), config.seeds * config.members)
     fitted = {}
     for name in trials:
-        settings = [trials[name][losses[name].argmin()]] * len(keys)
-        fitted[name] = train(
-            ROWS[name][1], problem, keys, settings, task.train, f"training {name}"
-        )
+        settings = stack([trials[name][losses[name].argmin()]] * len(keys))
+        arguments = ROWS[name][1], problem, keys, settings, task.train
+        runs = baselines.fit(*arguments, f"training {name}")
+        fitted[name] = runs.state, keys, settings
     for name, (trained, system, ensemble) in ROWS.items():
         # Alone, it is the first member that predicts.
         used = operator.itemgetter(np.s_[:: 1 if ensemble else config.members])
         runs = jax.tree.map(used, fitted[trained])
-        draws = task.predict(draw(system, problem, runs, inputs, config.num_samples))
+        arguments = system, problem, *runs, inputs, config.num_samples
+        draws = task.predict(baselines.draws(*arguments))
         yield name, draws.reshape(config.seeds, -1, *draws.shape[2:])
-
-
-def print_table(header, lines):
-    """Print a Markdown table."""
-    print(f"\n| {' | '.join(header)} |\n{'| --- ' * len(header)}|")
-    for line in lines:
-        print(f"| {' | '.join(line)} |", flush=True)
 
 
 def print_chains(params, info, exact, minutes):
@@ -373,7 +341,7 @@ def print_chains(params, info, exact, minutes):
         "worst ESS": f"{size.min():.0f}",
         "minutes": f"{minutes:.1f}",
     }
-    print_table(cells, [cells.values()])
+    report.print_table(cells, [cells.values()])
 
 
 def print_results(task, results):
@@ -382,26 +350,12 @@ def print_results(task, results):
     columns += [f"{name}, shifted" for name in task.distances]
     lines = []
     for name, table in results.items():
-        table = np.array(table)
-        error = table.std(axis=0, ddof=1) / len(table) ** 0.5
-        decimals = [1 if "%" in column else 3 for column in columns]
-        cells = zip(table.mean(axis=0), error, decimals, strict=True)
-        lines.append([name, *(f"{m:.{d}f} ± {e:.{d}f}" for m, e, d in cells)])
-    print_table(["", *columns], lines)
-
-
-def print_trials(trials, losses):
-    """Print the validation NLL of every trial, the best in bold."""
-    lines = []
-    for name, settings in trials.items():
         cells = [
-            " / ".join(f"{value:.2g}" for value in setting.values()) + f": {loss:.4f}"
-            for setting, loss in zip(settings, losses[name], strict=True)
+            report.mean_and_error(values, 1 if "%" in column else 3)
+            for column, values in zip(columns, np.array(table).T, strict=True)
         ]
-        best = losses[name].argmin()
-        cells[best] = f"**{cells[best]}**"
-        lines.append([f"{name}: {' / '.join(settings[0])}", ", ".join(cells)])
-    print_table(["", "trials: validation NLL"], lines)
+        lines.append([name, *cells])
+    report.print_table(["", *columns], lines)
 
 
 def plot(path, pictures):
@@ -443,31 +397,19 @@ def compare(task, config):
         for i, chain in enumerate(exact)
     ]
     print_results(task, results)
-    print_trials(trials, losses)
+    cells = [report.trial_cells(name, trials[name], losses[name]) for name in trials]
+    report.print_table(report.TRIALS, cells)
     return pictures
 
 
 def main():
     """Compare the systems on all tasks, and draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    config = Config(**vars(parser.parse_args()))
-    if config.full:
-        longer = dict(chains=8, warmup=1000, length=2000, steps=20_000, seeds=10)
-        config = dataclasses.replace(config, **longer)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    print(
-        f"jax {jax.__version__}, blackjax {blackjax.__version__} on "
-        f"{jax.devices()[0].device_kind} ({platform.machine()}), commit {commit}, "
-        f"{dataclasses.replace(config, uci=pathlib.Path(config.uci).name)}",
-        flush=True,
-    )
+    longer = dict(chains=8, warmup=1000, length=2000, steps=20_000, seeds=10)
+    config = report.parse_args(Config, __doc__, **longer)
+    report.print_conditions(config)
     pictures = {}
     for name in config.tasks.split(","):
-        print(f"\n### {name}")
+        print(f"**{name.capitalize()}**\n")
         task = TASKS[name](config)
         pictures[task.label] = compare(task, config)
     plot(config.plot, pictures)

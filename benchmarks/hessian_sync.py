@@ -20,15 +20,14 @@ replicas whoever draws. ZeRO changes nothing: a replica that draws a sample of i
 needs all of h.
 """
 
-import argparse
 import dataclasses
 import functools
-import platform
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+import report
 import scaling
 from jax.sharding import AxisType, PartitionSpec as P
 from tqdm import tqdm
@@ -339,20 +338,11 @@ def print_row(cells):
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def parse_args():
-    """Return the Config of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    return Config(**vars(parser.parse_args()))
-
-
 def main():
     """Train with every scheme and print the tables."""
-    config = parse_args()
+    config = report.parse_args(Config, __doc__)
     jax.config.update("jax_num_cpu_devices", config.replicas)
-    device = f"{jax.devices()[0].device_kind} ({platform.machine()})"
-    print(f"jax {jax.__version__} on {device}, {config}\n")
+    report.print_conditions(config)
     print_programs(config)
     count = len(DATA_NOISE) * len(SCHEMES) * len(DECAY_RATES)
     with tqdm(total=count) as progress:

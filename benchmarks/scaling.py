@@ -24,19 +24,18 @@ large, too. This backend has no reduce-scatter: FSDP's gradients are all-reduced
 cut, where GPUs and TPUs send half of that.
 """
 
-import argparse
 import collections
 import dataclasses
 import functools
 import math
 import pathlib
-import platform
 import re
 import sys
 
 import jax
 import jax.numpy as jnp
 import optax
+import report
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
@@ -401,23 +400,12 @@ def print_row(cells):
     print(f"| {' | '.join(cells)} |")
 
 
-def parse_args():
-    """Return the Config of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    return Config(**vars(parser.parse_args()))
-
-
 def main():
     """Compile all, and print both tables."""
-    config = parse_args()
+    config = report.parse_args(Config, __doc__)
     jax.config.update("jax_num_cpu_devices", config.devices)
     steps = measure_all(config)
-    print(
-        f"{config.devices} simulated devices of {platform.machine()}, jax "
-        f"{jax.__version__}, {config}\n"
-    )
+    report.print_conditions(config)
     print_traffic(steps)
     print()
     print_memory(steps)

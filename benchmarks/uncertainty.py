@@ -5,12 +5,10 @@
     python benchmarks/uncertainty.py --cifar cifar10.npz     # a small ResNet
     python benchmarks/uncertainty.py --cifar cifar10.npz --full 1    # the paper's size
 
-Digits take about six minutes of CPU time, MNIST's about ten. CIFAR-10 awaits a GPU: of
-it only the shapes have been checked.
-
-Every system has nine trials, three learning rates by three values of one more
-hyperparameter, and keeps the one of the lowest NLL on a third of the training images.
-Grids were moved where the best trial lay at an edge after a first run on the digits.
+Every system has the same number of trials, points of a Sobol sequence in its learning
+rate, the precision of its prior (or weight decay) and what else it has, and keeps the
+one of the lowest NLL on a third of the training images. The ranges are wide ones around
+what a first grid, with one prior for most, had found best on the digits.
 Then five seeds with it train on all of them. The first table has the trials, the second
 is tested on other images, the third measures how well the entropy of a prediction tells
 them from images that are none of the classes: the same ones, turned by 90 degrees, and
@@ -18,12 +16,9 @@ patches of the two photographs that scikit-learn carries. The plot has NLL and A
 Time is that of training, from the trials: as many runs, side by side, for all.
 """
 
-import argparse
 import dataclasses
 import itertools
 import pathlib
-import platform
-import subprocess
 import sys
 from typing import NamedTuple
 
@@ -32,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
 from flax import nnx
 from jax.scipy.special import entr
 from matplotlib.figure import Figure
@@ -42,39 +38,37 @@ from ivon_jax import metrics
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
 import nnx_cifar
 
-SGD_RATES = 0.1, 0.3, 1.0
-GAUSSIAN = {"learning_rate": (0.3, 1.0, 3.0), "hess_init": (1.0, 3.0, 10.0)}
-SYSTEMS = {
+RATES = {"learning_rate": (0.03, 0.6)}  # of SGD
+PRIOR = {"prior_precision": (0.1, 30.0)}
+GAUSSIAN = {"learning_rate": (0.1, 3.0), "hess_init": (0.3, 10.0)} | PRIOR
+SYSTEMS = {  # how to train, and the ranges of its hyperparameters
     "AdamW": (
         baselines.adamw,
-        {"learning_rate": (3e-3, 1e-2, 3e-2), "weight_decay": (0.1, 0.3, 1.0)},
+        {"learning_rate": (1e-3, 5e-2), "weight_decay": (0.03, 3.0)},
     ),
-    "SGD": (
-        baselines.sgd,
-        {"learning_rate": SGD_RATES, "prior_precision": (0.1, 1.0, 10.0)},
-    ),
+    "SGD": (baselines.with_prior(baselines.sgd), RATES | PRIOR),
     "AdaHessian": (
         baselines.adahessian,
-        {"learning_rate": (0.05, 0.15, 0.5), "weight_decay": (3e-3, 1e-2, 3e-2)},
+        {"learning_rate": (0.05, 0.7), "weight_decay": (3e-3, 0.1)},
     ),
     "BBB": (
-        baselines.bbb,
-        {"learning_rate": (1e-3, 3e-3, 1e-2), "hess_init": (10.0, 100.0, 1000.0)},
+        baselines.with_prior(baselines.bbb),
+        {"learning_rate": (1e-3, 3e-2), "hess_init": (10.0, 1000.0)} | PRIOR,
     ),
     "Laplace": (
-        baselines.laplace,
-        {"learning_rate": SGD_RATES, "prior_precision": (1.0, 10.0, 100.0)},
+        baselines.with_prior(baselines.laplace),
+        RATES | {"head_precision": (1.0, 100.0)} | PRIOR,
     ),
     "MC dropout": (
-        baselines.mc_dropout,
-        {"learning_rate": SGD_RATES, "rate": (0.02, 0.05, 0.2)},
+        baselines.with_prior(baselines.mc_dropout),
+        RATES | {"rate": (0.02, 0.3)} | PRIOR,
     ),
     "SWAG": (
-        baselines.swag,
-        {"learning_rate": SGD_RATES, "swa_ratio": (0.2, 0.5, 1.0)},
+        baselines.with_prior(baselines.swag),
+        RATES | {"swa_ratio": (0.1, 1.0)} | PRIOR,
     ),
-    "VOGN": (baselines.vogn, GAUSSIAN),
-    "IVON": (baselines.ivon, GAUSSIAN),
+    "VOGN": (baselines.with_prior(baselines.vogn), GAUSSIAN),
+    "IVON": (baselines.with_prior(baselines.ivon), GAUSSIAN),
 }
 POINTS = "AdamW", "SGD", "AdaHessian"
 ENSEMBLES = {"SGD": "Deep ensemble", "IVON": "Multi-IVON"}
@@ -103,19 +97,13 @@ class Config:
     cifar: str = ""  # .npz as examples/nnx_cifar.py reads it
     full: int = 0  # 1: the paper's network and length for CIFAR-10
     epochs: int = 0  # 0: what the data set below has
+    systems: str = ",".join(SYSTEMS)
+    trials: int = 16  # of each system
     seeds: int = 5
     members: int = 5  # of an ensemble
     tuning_seeds: int = 0  # 0: what the data set below has
     num_samples: int = 64
     plot: str = "uncertainty.png"
-
-
-def parse_args(config_type, doc):
-    """Read a Config from the command line."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    for field in dataclasses.fields(config_type):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    return config_type(**vars(parser.parse_args()))
 
 
 class Task(NamedTuple):
@@ -234,19 +222,19 @@ def stacked(settings, repeats):
 
 
 def tune(name, task, config):
-    """Print all trials of a system; return its best setting, and a run's seconds."""
-    trials, seconds = validate(name, task, config)
-    best, _ = min(trials, key=lambda trial: np.nan_to_num(trial[1], nan=np.inf))
-    print_trials(name, trials, best)
-    return best, seconds
+    """Return a system's best setting, a run's seconds, and cells of all trials."""
+    settings, losses, seconds = validate(name, task, config)
+    cells = report.trial_cells(name, settings, losses)
+    return settings[losses.argmin()], seconds, cells
 
 
 def validate(name, task, config):
-    """Return the NLL of every setting on the last third, and the seconds of a run."""
-    system, grid = SYSTEMS[name]
+    """Return settings, their NLL on the last third, and the seconds of a run."""
+    system, ranges = SYSTEMS[name]
+    values = baselines.trials(ranges, config.trials)
     settings = [
-        dict(zip(grid, values, strict=True))
-        for values in itertools.product(*grid.values())
+        {name: float(column[i]) for name, column in values.items()}
+        for i in range(config.trials)
     ]
     cut = 2 * len(task.train[1]) // 3
     problem = make_problem(task, config, cut)
@@ -261,10 +249,11 @@ def validate(name, task, config):
     )
     samples = 1 if name in POINTS else config.num_samples
     images, labels = (jnp.asarray(array[cut:]) for array in task.train)
-    probs = baselines.predict(system, problem, runs, test_keys, stack, images, samples)
+    arguments = system, problem, runs.state, test_keys, stack, images, samples
+    probs = baselines.predict(*arguments)
     nll = jax.jit(jax.vmap(metrics.negative_log_likelihood, (0, None)))(probs, labels)
     nll = np.asarray(nll).reshape(len(settings), seeds).mean(axis=1)
-    return list(zip(settings, nll, strict=True)), runs.seconds
+    return settings, np.nan_to_num(nll, nan=np.inf), runs.seconds
 
 
 def test(name, setting, task, config, images):
@@ -278,9 +267,8 @@ def test(name, setting, task, config, images):
     runs = baselines.fit(system, problem, keys[0], stack, data, f"{name}, seeds")
 
     def predict(system, first, num_samples):
-        state, *rest = jax.tree.map(lambda a: a[first], (runs.state, keys[1], stack))
-        some = runs._replace(state=state)
-        return baselines.predict(system, problem, some, *rest, images, num_samples)
+        some = jax.tree.map(lambda a: a[first], (runs.state, keys[1], stack))
+        return baselines.predict(system, problem, *some, images, num_samples)
 
     singles, everyone = np.s_[::members], np.s_[:]
     if name in POINTS:
@@ -318,45 +306,16 @@ def score(probs, labels, num_others):
     ]
 
 
-def error(values):
-    """Return the standard error of the mean over seeds, nan for one."""
-    return np.std(values) / np.sqrt(len(values) - 1) if len(values) > 1 else np.nan
-
-
-def print_rows(titles, rows):
+def print_scores(titles, rows):
     """Print a table of mean ± standard error; rows are (first cell, columns, last)."""
-    print(f"| {' | '.join(titles)} |\n{'| --- ' * len(titles)}|")
-    for name, columns, *last in rows:
-        cells = [
-            f"{np.mean(v):.{digits}f} ± {error(v):.{digits}f}"
-            for v, digits in (
-                (v, 1 if title.endswith("%") else 3) for title, v in columns
-            )
-        ]
-        print(f"| {' | '.join([name, *cells, *last])} |")
 
+    def cells(columns):
+        for title, values in columns:
+            yield report.mean_and_error(values, 1 if title.endswith("%") else 3)
 
-def print_conditions(config):
-    """Print what ran, and the head of the table of trials."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    print(
-        f"jax {jax.__version__} on {jax.devices()[0].device_kind} "
-        f"({platform.machine()}), commit {commit}, `{config}`\n"
+    report.print_table(
+        titles, [(name, *cells(columns), *last) for name, columns, *last in rows]
     )
-    print(f"| validation | learning rate | | NLL | | |\n{'| --- ' * 6}|")
-
-
-def print_trials(name, trials, best):
-    """Print the validation NLL of every setting, a row for each learning rate."""
-    for rate, group in itertools.groupby(trials, lambda t: t[0]["learning_rate"]):
-        cells = []
-        for setting, nll in group:
-            _, (other, value) = setting.items()
-            mark = "**" if setting == best else ""
-            cells.append(f"{mark}{nll:.3f} ({value:g}){mark}")
-        row = [name, f"{rate:g}", other, *cells]
-        print(f"| {' | '.join(row)} |", flush=True)
 
 
 def save_plot(path, scores, others):
@@ -365,13 +324,15 @@ def save_plot(path, scores, others):
     left, right = figure.subplots(1, 2, sharey=True)
     rows = range(len(scores))
     nll = [inside["NLL"] for inside, _ in scores.values()]
-    left.errorbar(np.mean(nll, 1), rows, xerr=[*map(error, nll)], fmt="o", color="k")
+    left.errorbar(
+        np.mean(nll, 1), rows, xerr=[*map(report.error, nll)], fmt="o", color="k"
+    )
     left.set(xlabel="test NLL (nats), lower is better", yticks=rows)
     left.set_yticklabels(scores)
     left.invert_yaxis()
     for i, (name, color) in enumerate(zip(others, ("#0072B2", "#D55E00"), strict=True)):
         auroc = [outside[i]["AUROC %"] for _, outside in scores.values()]
-        bars = [*map(error, auroc)]
+        bars = [*map(report.error, auroc)]
         mean = np.mean(auroc, 1)
         right.errorbar(mean, rows, xerr=bars, fmt="o", color=color, label=name)
     right.set(xlabel="AUROC (%), higher is better")
@@ -384,7 +345,7 @@ def save_plot(path, scores, others):
 
 def main():
     """Tune, train, test and print."""
-    config = parse_args(Config, __doc__)
+    config = report.parse_args(Config, __doc__)
     make_task = mnist_task if config.mnist else digits_task
     task = (cifar_task if config.cifar else make_task)(config)
     images, labels = task.test
@@ -393,27 +354,32 @@ def main():
         "photographs": photographs(task.size, images.shape[1:], len(images)),
     }
     images = np.concatenate([images, *others.values()]).astype(images.dtype)
-    print_conditions(config)
-    seconds, probs = {}, {}
-    for name in SYSTEMS:
-        setting, seconds[name] = tune(name, task, config)
-        probs |= test(name, setting, task, config, images)
-    seconds["IVON@mean"] = seconds["IVON"]
-    seconds |= {new: config.members * seconds[old] for old, new in ENSEMBLES.items()}
-    scores = {name: score(probs[name], labels, len(others)) for name in ROWS}
+    report.print_conditions(config)
+    seconds, probs, names = {}, {}, config.systems.split(",")
+    trials = []
+    for name in names:
+        setting, duration, cells = tune(name, task, config)
+        trials.append(cells)
+        rows = test(name, setting, task, config, images)
+        probs |= rows
+        seconds |= dict.fromkeys(rows, duration)
+        if name in ENSEMBLES:
+            seconds[ENSEMBLES[name]] *= config.members
+    scores = {
+        name: score(probs[name], labels, len(others)) for name in ROWS if name in probs
+    }
 
-    print()
-    print_rows(
-        ["in domain", *SCORES, "time / AdamW"],
+    report.print_table(report.TRIALS, trials)
+    print_scores(
+        ["in domain", *SCORES, f"time / {names[0]}"],
         [
-            (name, inside.items(), f"{seconds[name] / seconds['AdamW']:.1f}")
+            (name, inside.items(), f"{seconds[name] / seconds[names[0]]:.1f}")
             for name, (inside, _) in scores.items()
         ],
     )
     for i, other in enumerate(others):
-        print()
         rows = [(name, outside[i].items()) for name, (_, outside) in scores.items()]
-        print_rows([other, *DETECTION], rows)
+        print_scores([other, *DETECTION], rows)
     save_plot(config.plot, scores, others)
 
 

@@ -1,0 +1,64 @@
+"""What the benchmarks share: flags, the conditions of a run, and Markdown tables."""
+
+import argparse
+import dataclasses
+import pathlib
+import platform
+import subprocess
+
+import jax
+import numpy as np
+
+
+def parse_args(config_type, doc, **full):
+    """Read a Config, a dataclass, from the command line; `full` is for ``--full 1``."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    for field in dataclasses.fields(config_type):
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+    if full and parser.parse_args().full:
+        parser.set_defaults(**full)
+    return config_type(**vars(parser.parse_args()))
+
+
+def print_conditions(config):
+    """Print what runs where."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=pathlib.Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    device = jax.devices()[0].device_kind
+    print(f"jax {jax.__version__} on {device} ({platform.machine()}), commit {commit},")
+    print(f"`{config}`\n", flush=True)
+
+
+def print_table(titles, rows):
+    """Print rows of cells, and an empty line."""
+    for cells in (titles, ["---"] * len(titles), *rows):
+        print(f"| {' | '.join(map(str, cells))} |")
+    print(flush=True)
+
+
+def error(values):
+    """Return the standard error of the mean, nan for one value."""
+    return np.std(values) / np.sqrt(len(values) - 1) if len(values) > 1 else np.nan
+
+
+def mean_and_error(values, digits):
+    """Return a cell, ``mean ± standard error``."""
+    return f"{np.mean(values):.{digits}f} ± {error(values):.{digits}f}"
+
+
+def trial_cells(name, settings, losses):
+    """Return cells of a system's trials, a list of dictionaries; the best is bold."""
+    cells = [
+        " / ".join(f"{value:.2g}" for value in setting.values()) + f": {loss:.4g}"
+        for setting, loss in zip(settings, losses, strict=True)
+    ]
+    best = np.argmin(losses)
+    cells[best] = f"**{cells[best]}**"
+    return name, " / ".join(settings[0]).replace("_", " "), ", ".join(cells)
+
+
+TRIALS = "", "hyperparameters", "trials: validation NLL"
