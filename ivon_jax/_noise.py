@@ -1,7 +1,7 @@
 """Standard normal noise: the bits of `jax.random.normal`, in one pass over memory.
 
-On CPUs jax compiles the rounds of its Threefry hash as a loop over whole arrays, which
-takes four parameter-sized buffers and most of the time of a sample. Written out, they
+For CPUs jax compiles the rounds of its Threefry hash as a loop over whole arrays, which
+takes four buffers of their size and most of the time of a sample. Written out, they
 fuse with all that follows, down to theta.
 
 Reference: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.
@@ -19,11 +19,21 @@ _PARITY = np.uint32(0x1BD11BDA)
 
 
 def normal(key, shape, dtype, out_sharding=None):
-    """Draw as `jax.random.normal` does; what is not Threefry in float32, it draws."""
-    threefry = jax.random.key_impl(key) == "threefry2x32"
-    if threefry and dtype == jnp.float32 and math.prod(shape) < 2**32:
+    """Draw what `jax.random.normal` does; large arrays of CPUs without its loop."""
+
+    def with_loop(key):
+        return jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
+
+    def written_out(key):
         return _normal(jax.random.key_data(key), shape, out_sharding)
-    return jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
+
+    # Small ones and vectors are biases and scales, broadcast over activations. Fused,
+    # their noise would be drawn again for every activation; the loop prevents it.
+    large = len(shape) > 1 and 2**14 <= math.prod(shape) < 2**32
+    threefry = jax.random.key_impl(key) == "threefry2x32"
+    if large and threefry and dtype == jnp.float32:
+        return jax.lax.platform_dependent(key, cpu=written_out, default=with_loop)
+    return with_loop(key)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

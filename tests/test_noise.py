@@ -34,3 +34,15 @@ def test_noise_takes_no_memory_but_its_own(key):
     draw = jax.jit(_noise.normal, static_argnums=(1, 2))
     memory = draw.lower(key, (1000, 100), jnp.float32).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 1000
+
+
+def test_what_is_broadcast_is_drawn_once(key):
+    """A bias is: fused, its noise would be drawn for each row of the activations."""
+
+    def add_bias(key):
+        return jnp.zeros((8, 70_000)) + _noise.normal(key, (70_000,), jnp.float32)[None]
+
+    text = jax.jit(add_bias).lower(key).compile().as_text()
+    fused = [c for c in text.split("\n}") if "ENTRY" not in c and "f32[8,70000]" in c]
+    rotations = [computation.count("shift-left(") for computation in fused]
+    assert max(rotations) < 20  # the rounds of one Threefry hash
