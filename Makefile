@@ -1,8 +1,8 @@
-# `make quickstart` and `make test` set themselves up in .venv, once.
+# `make quickstart`, `make test` and `make benchmark` set themselves up in .venv, once.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint benchmark
 
 quickstart: .venv/examples.installed
 	$(BIN)/python examples/digits.py
@@ -13,6 +13,10 @@ test: .venv/test.installed
 lint: .venv/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+# DATA=folder has the data sets; ONLY="uci.py --mnist" runs these. See benchmarks/README.md.
+benchmark: .venv/benchmarks.installed
+	DATA="$(DATA)" $(BIN)/python benchmarks/run.py $(ONLY)
 
 .venv/%.installed: pyproject.toml | .venv/bin/python
 	@echo "Installing ivon-jax[$*] into .venv: a minute or two, once"

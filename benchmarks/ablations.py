@@ -3,7 +3,7 @@
     python benchmarks/ablations.py                         # scikit-learn's digits
     python benchmarks/ablations.py --mnist mnist10k.npz    # 10,000 digits of MNIST
 
-Ten minutes for the digits on a busy machine.
+Six minutes of one core for the digits.
 
 Networks, data and the tuning of AdamW, SGD and IVON are those of uncertainty.py. Tables
 of the Hessian's initial value, of the number of samples in prediction and in training,

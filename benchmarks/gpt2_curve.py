@@ -13,8 +13,8 @@ import itertools
 import pathlib
 import sys
 
-import jax
 import numpy as np
+import report
 from matplotlib.figure import Figure
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
@@ -30,6 +30,13 @@ RUNS = {
     "IVON": ("ivon", "float32", "#D55E00"),
     "IVON, bfloat16": ("ivon", "bfloat16", "#CC79A7"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every knob of this run; each field is also a command-line flag."""
+
+    plot: str = "gpt2_curve.png"
 
 
 def train(optimizer, seed, num_samples=16, **settings):
@@ -62,10 +69,12 @@ def mean_and_error(values):
 
 def main():
     """Tune, train three seeds, print the tables and draw the curves."""
+    config = report.parse_args(Config, __doc__)
+    report.print_conditions(config)
     print("| optimizer | learning rate | b1 | perplexity |")
     print("| --- | --- | --- | --- |")
     best = {optimizer: tune(optimizer) for optimizer in GRIDS}
-    print(f"\njax {jax.__version__}, {jax.devices()[0].device_kind}, seeds {SEEDS}\n")
+    print(f"\nseeds {SEEDS}\n")
     print("| | settings | validation perplexity per byte | tokens/s |")
     print("| --- | --- | --- | --- |")
     figure = Figure(figsize=(10, 3.8), dpi=200, layout="constrained")
@@ -101,7 +110,7 @@ def main():
     right.set(xlabel="posterior samples", ylabel="perplexity above the mean's")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig("gpt2_curve.png")
+    figure.savefig(config.plot)
 
 
 if __name__ == "__main__":

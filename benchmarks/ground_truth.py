@@ -1,6 +1,6 @@
 """How close is each system's predictive distribution to the exact posterior's?
 
-    python benchmarks/ground_truth.py              # 6 min of CPU time
+    python benchmarks/ground_truth.py              # 4 min of one core
     python benchmarks/ground_truth.py --tasks regression --uci wine.txt --noise 0.75
     python benchmarks/ground_truth.py --full 1     # longer chains, ten seeds
 
@@ -361,7 +361,7 @@ def print_results(task, results):
 def plot(path, pictures):
     """Draw predictions over the exact ones, a row of axes for each task."""
     names = "Deep ensemble", "Laplace", "SWAG", "BBB", "IVON", "Multi-IVON"
-    figure = Figure((13, 2.4 * len(pictures)), dpi=150, layout="constrained")
+    figure = Figure((13, 2.4 * len(pictures)), dpi=100, layout="constrained")
     axes = figure.subplots(len(pictures), len(names), squeeze=False, sharey="row")
     for row, (label, values) in zip(axes, pictures.items(), strict=True):
         for axis, name in zip(row, names, strict=True):

@@ -21,8 +21,8 @@ one split tests another validates on. A choice for each split alone avoids that,
 took learning rates that diverged in the test of some.) The predictive distribution is
 the mixture over draws of Gaussians with that noise.
 
-Prints the tables of benchmarks/README.md. The literature's figures in them are those of
-Table 1 of Lakshminarayanan et al. (2017), of other splits and lengths of training.
+The literature's figures in the tables are those of Table 1 of Lakshminarayanan et al.
+(2017), cited from memory, of other splits and lengths of training.
 """
 
 import dataclasses

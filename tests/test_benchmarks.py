@@ -1,0 +1,91 @@
+"""benchmarks/run.py: the tables of benchmarks/README.md are what its commands print."""
+
+import importlib.util
+import pathlib
+import shlex
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SECTION = """## One
+
+```shell
+python benchmarks/one.py --data DATA/one
+```
+
+<!-- printed -->
+<!-- end -->
+
+Prose.
+
+## Two
+
+```shell
+python benchmarks/two.py
+```
+
+<!-- printed 2020-01-01, 9 min, by name only -->
+old
+<!-- end -->
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("run", ROOT / "benchmarks/run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    readme = tmp_path / "benchmarks" / "README.md"
+    readme.parent.mkdir()
+    readme.write_text(SECTION)
+    monkeypatch.setattr(module, "README", readme)
+    return module
+
+
+def test_the_readme_runs_every_benchmark(run):
+    text = (ROOT / "benchmarks/README.md").read_text()
+    commands = [section["command"] for section in run.SECTION.finditer(text)]
+    assert len(commands) == text.count("<!-- printed") == text.count("<!-- end")
+    scripts = {ROOT / shlex.split(command)[1] for command in commands}
+    shared = {"run.py", "report.py", "baselines.py"}
+    found = {p for p in (ROOT / "benchmarks").glob("*.py") if p.name not in shared}
+    assert scripts == found
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [([], ["one"]), (["two"], ["two"]), (["--data", "two"], ["one", "two"])],
+)
+def test_by_name_or_all_but_the_long_ones(run, names, chosen):
+    sections = run.SECTION.finditer(SECTION)
+    commands = [s["command"] for s in sections if run.selected(s, names)]
+    assert [pathlib.Path(shlex.split(c)[1]).stem for c in commands] == chosen
+
+
+def test_what_is_printed_takes_the_place_of_the_table(run, tmp_path):
+    script = tmp_path / "benchmarks" / "one.py"
+    script.write_text("import sys; print(sys.argv[2], '\\\\1')")
+    command = "python benchmarks/one.py --data DATA/one"
+    output, minutes = run.run(command, tmp_path)
+    assert output == r"DATA/one \1"
+    run.record(command, output, minutes)
+    text = run.README.read_text()
+    assert "DATA/one \\1\n<!-- end -->\n\nProse." in text
+    assert text.endswith("9 min, by name only -->\nold\n<!-- end -->\n")
+
+
+def test_a_failure_leaves_the_table(run, tmp_path, monkeypatch):
+    script = tmp_path / "benchmarks" / "two.py"
+    script.write_text("print('half'); raise SystemExit(1)")
+    monkeypatch.setattr("sys.argv", ["run.py", "two"])
+    with pytest.raises(SystemExit, match=r"benchmarks/two\.py"):
+        run.main()
+    assert run.README.read_text() == SECTION
+
+
+def test_a_command_without_its_data_is_left_out(run, monkeypatch, capsys):
+    monkeypatch.delenv("DATA", raising=False)
+    monkeypatch.setattr("sys.argv", ["run.py"])
+    run.main()
+    assert "set DATA" in capsys.readouterr().out
+    assert run.README.read_text() == SECTION
