@@ -1,5 +1,7 @@
 """Standard normal noise: the bits of `jax.random.normal`, in one pass over memory.
 
+They are those of `jax_threefry_partitionable`, jax's default.
+
 For CPUs jax compiles the rounds of its Threefry hash as a loop over whole arrays, which
 takes four buffers of their size and most of the time of a sample. Written out, they
 fuse with all that follows, down to theta.
