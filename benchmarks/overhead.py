@@ -336,7 +336,7 @@ def cases_alone(config):
     few, *more = numbers(config.arrays)
     return [
         *((size, few, keys[0], 1) for size in sizes),
-        *((base, count, keys[0], 1) for count in more),
+        *((size, count, keys[0], 1) for size in (sizes[0], base) for count in more),
         *((base, few, key, 1) for key in keys[1:]),
         *((base, few, keys[0], s) for s in samples if s > 1),
     ]

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import platform
 import subprocess
@@ -23,13 +24,14 @@ def parse_args(config_type, doc, **full):
 def print_conditions(config):
     """Print what runs where."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
+        ["git", "describe", "--always", "--dirty", "--abbrev=7"],
         cwd=pathlib.Path(__file__).parent,
         capture_output=True,
         text=True,
     ).stdout.strip()
-    device = jax.devices()[0].device_kind
-    print(f"jax {jax.__version__} on {device} ({platform.machine()}), commit {commit},")
+    device = f"{jax.devices()[0].device_kind} ({platform.machine()})"
+    device += f" with {os.cpu_count()} cores"
+    print(f"jax {jax.__version__} on {device}, commit {commit},")
     print(f"`{config}`\n", flush=True)
 
 

@@ -34,7 +34,7 @@ def selected(section, names):
 
 def run(command, data):
     """Return what the command printed, and the minutes it took; None if it failed."""
-    words = shlex.split(command.replace("DATA/", f"{data}/"))
+    words = [w.replace("DATA/", f"{data}/") for w in shlex.split(command)]
     begin = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *words[1:]],
