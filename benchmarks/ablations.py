@@ -22,6 +22,7 @@ import report
 import uncertainty
 from matplotlib.figure import Figure
 from scipy import ndimage
+from scipy.stats import sem
 
 HESS_INITS = 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0
 NUM_SAMPLES = 1, 2, 4, 8, 16, 32, 64
@@ -38,9 +39,16 @@ COLORS = "#999999", "#D55E00", "#009E73", "#0072B2"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(uncertainty.Config):
+class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
+    mnist: str = ""  # .npz with `images` and `labels`
+    epochs: int = 0  # 0: what uncertainty.py has for the data set
+    trials: int = 16  # of each system
+    seeds: int = 5
+    members: int = 5  # of an ensemble, of which the first is used: the same seeds
+    tuning_seeds: int = 0  # 0: what uncertainty.py has
+    num_samples: int = 64
     plot: str = "ablations.png"
 
 
@@ -135,7 +143,7 @@ def save_plot(path, hess_init, prediction, training, shift):
 
     def line(panel, x, rows, color, label=None):
         nll = np.array([row["NLL"] for row in rows])
-        errors = [report.error(values) for values in nll]
+        errors = [sem(values) for values in nll]
         panel.errorbar(x, nll.mean(1), errors, color=color, marker="o", label=label)
 
     means, samples = zip(*hess_init.values(), strict=True)

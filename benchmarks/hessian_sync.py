@@ -300,8 +300,7 @@ def print_programs(config):
 
 def cell(values):
     """Write mean and standard error over seeds, in per cent."""
-    error = values.std(ddof=1) / len(values) ** 0.5
-    return f"{100 * values.mean():.3f} ± {100 * error:.3f}"
+    return report.mean_and_error(100 * values, 3)
 
 
 def root_mean_square(x):

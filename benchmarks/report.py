@@ -9,6 +9,7 @@ import subprocess
 
 import jax
 import numpy as np
+from scipy.stats import sem
 
 
 def parse_args(config_type, doc, **full):
@@ -42,14 +43,9 @@ def print_table(titles, rows):
     print(flush=True)
 
 
-def error(values):
-    """Return the standard error of the mean, nan for one value."""
-    return np.std(values) / np.sqrt(len(values) - 1) if len(values) > 1 else np.nan
-
-
 def mean_and_error(values, digits):
     """Return a cell, ``mean ± standard error``."""
-    return f"{np.mean(values):.{digits}f} ± {error(values):.{digits}f}"
+    return f"{np.mean(values):.{digits}f} ± {sem(values):.{digits}f}"
 
 
 def trial_cells(name, settings, losses):

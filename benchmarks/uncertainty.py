@@ -34,6 +34,7 @@ import report
 from flax import nnx
 from jax.scipy.special import entr
 from matplotlib.figure import Figure
+from scipy.stats import sem
 from sklearn.datasets import load_digits, load_sample_images
 
 from ivon_jax import metrics
@@ -149,7 +150,7 @@ def cifar_task(config):
     orders = [rng.permutation(len(labels)) for _, labels in pairs]
     if config.full:
         depth, width, sizes = 20, 16, (50_000, 10_000)
-        length = dict(epochs=200, runs_at_once=1, prior_precision=10.0)
+        length = dict(epochs=200, runs_at_once=1)
     else:
         depth, width, sizes = 8, 8, (2_000, 1_000)
         length = dict(epochs=10, runs_at_once=1)
@@ -327,15 +328,13 @@ def save_plot(path, scores, others):
     left, right = figure.subplots(1, 2, sharey=True)
     rows = range(len(scores))
     nll = [inside["NLL"] for inside, _ in scores.values()]
-    left.errorbar(
-        np.mean(nll, 1), rows, xerr=[*map(report.error, nll)], fmt="o", color="k"
-    )
+    left.errorbar(np.mean(nll, 1), rows, xerr=[*map(sem, nll)], fmt="o", color="k")
     left.set(xlabel="test NLL (nats), lower is better", yticks=rows)
     left.set_yticklabels(scores)
     left.invert_yaxis()
     for i, (name, color) in enumerate(zip(others, ("#0072B2", "#D55E00"), strict=True)):
         auroc = [outside[i]["AUROC %"] for _, outside in scores.values()]
-        bars = [*map(report.error, auroc)]
+        bars = [*map(sem, auroc)]
         mean = np.mean(auroc, 1)
         right.errorbar(mean, rows, xerr=bars, fmt="o", color=color, label=name)
     right.set(xlabel="AUROC (%), higher is better")

@@ -1,12 +1,16 @@
 """benchmarks/run.py: the tables of benchmarks/README.md are what its commands print."""
 
+import importlib
 import importlib.util
 import pathlib
+import re
 import shlex
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+TEXT = (ROOT / "benchmarks/README.md").read_text()
+COMMANDS = re.findall(r"^python benchmarks/.*", TEXT, re.MULTILINE)
 SECTION = """## One
 
 ```shell
@@ -43,13 +47,26 @@ def run(tmp_path, monkeypatch):
 
 
 def test_the_readme_runs_every_benchmark(run):
-    text = (ROOT / "benchmarks/README.md").read_text()
-    commands = [section["command"] for section in run.SECTION.finditer(text)]
-    assert len(commands) == text.count("<!-- printed") == text.count("<!-- end")
+    commands = [section["command"] for section in run.SECTION.finditer(TEXT)]
+    assert commands == COMMANDS
+    assert len(commands) == TEXT.count("<!-- printed") == TEXT.count("<!-- end")
     scripts = {ROOT / shlex.split(command)[1] for command in commands}
     shared = {"run.py", "report.py", "baselines.py"}
     found = {p for p in (ROOT / "benchmarks").glob("*.py") if p.name not in shared}
     assert scripts == found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_script_takes_the_flags_of_its_command(command, monkeypatch):
+    script, *flags = shlex.split(command)[1:]
+    if "ground_truth" in script:
+        pytest.importorskip("blackjax")  # of the extra for benchmarks alone
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = importlib.import_module(pathlib.Path(script).stem)
+    monkeypatch.setattr("sys.argv", [script, *flags])
+    config = module.report.parse_args(module.Config, module.__doc__)
+    for name, value in zip(flags[::2], flags[1::2], strict=True):
+        assert str(getattr(config, name.removeprefix("--"))) == value
 
 
 @pytest.mark.parametrize(
