@@ -146,8 +146,10 @@ def out_of_distribution(
         thresholds up to that one, and reports 0.148 where the truth is 0.458 (at an
         AUROC of 0.89).
       * "detection_error": the least :math:`(1 - TPR(t) + FPR(t)) / 2` of any threshold,
-        the probability of a mistake with equal priors. The values of the paper's
-        Table 3 are of this kind, although its text speaks of 95 % TPR.
+        the probability of a mistake with equal priors. Liang et al. define it at the
+        threshold of 95 % TPR, as the paper's text does: that is
+        :math:`(1 - 0.95 + FPR) / 2`, never below this one and mostly above it. The
+        values of the paper's Table 3 are the least of any threshold.
       * "auroc": the area under TPR over FPR, which is the probability that an in-domain
         score is above an out-of-domain one, ties counted half.
       * "aupr_in", "aupr_out": average precision, the step-wise area under precision
