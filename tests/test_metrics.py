@@ -1,6 +1,7 @@
 """The metrics against plain loops over examples, scikit-learn, and hand-made cases."""
 
 import re
+import tracemalloc
 
 import hypothesis
 import hypothesis.extra.numpy
@@ -131,6 +132,24 @@ def test_a_tie_goes_to_the_lower_class():
     probs, labels = np.full((4, 4), 0.25, np.float32), np.arange(4)
     assert metrics.accuracy(probs, labels) == 0.25
     assert metrics.accuracy(probs, labels, k=2) == 0.5
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_checks_copy_no_array_to_the_host(metric):
+    """8 MB of probabilities, in the 100 kB that the first call of a function takes."""
+    probs, labels = jnp.full((500_000, 4), 0.25), jnp.zeros(500_000, jnp.int32)
+    metric(probs, labels)
+    tracemalloc.start()
+    metric(probs, labels)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1e6
+
+
+def test_constants_are_checked_under_jit():
+    above = jnp.asarray(LABELS) + 1
+    with pytest.raises(ValueError, match=r"`labels` must be in 0..6, got 7."):
+        jax.jit(lambda probs: metrics.brier_score(probs, above))(PROBS)
 
 
 PROBS, LABELS = predictions(0)

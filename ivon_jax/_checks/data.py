@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .scalars import concrete
+from .scalars import extremes, known
 
 
 def probabilities(name, probs):
@@ -17,20 +17,24 @@ def probabilities(name, probs):
             f"`{name}` must have shape (..., num_classes) and at least one example, "
             f"got shape {probs.shape}."
         )
-    values = concrete(probs)
-    if values is None:
-        return
-    if values.min() < 0:
+    least, low, high = known(_of_distributions, probs) or (0, 1, 1)
+    if least < 0:
         raise ValueError(
-            f"`{name}` must be non-negative, got {values.min()}. Softmax the logits."
+            f"`{name}` must be non-negative, got {least}. Softmax the logits."
         )
-    total = values.sum(axis=-1).ravel()
-    worst = total[np.argmax(np.abs(total - 1))]
+    worst = high if high - 1 > 1 - low else low
     if not abs(worst - 1) <= max(1e-2, 4 * float(jnp.finfo(probs.dtype).eps)):
         raise ValueError(
             f"`{name}` must sum to one over its last axis, got a sum of {worst}. "
             + ("Training diverged?" if np.isnan(worst) else "Softmax the logits.")
         )
+
+
+@jax.jit
+def _of_distributions(probs):
+    """The least probability, and the least and the greatest sum over classes."""
+    total = jnp.sum(probs, axis=-1, dtype=np.promote_types(probs.dtype, np.float32))
+    return jnp.min(probs), jnp.min(total), jnp.max(total)
 
 
 def labels(name, labels, probs):
@@ -45,9 +49,10 @@ def labels(name, labels, probs):
             f"`{name}` must have shape {probs.shape[:-1]}, one label for each row of "
             f"`probs`, got {labels.shape}."
         )
-    values, num_classes = concrete(labels), probs.shape[-1]
-    if values is not None and not 0 <= values.min() <= values.max() < num_classes:
-        bad = values.min() if values.min() < 0 else values.max()
+    num_classes = probs.shape[-1]
+    low, high = extremes(labels) or (0, 0)
+    if not 0 <= low <= high < num_classes:
+        bad = low if low < 0 else high
         raise ValueError(f"`{name}` must be in 0..{num_classes - 1}, got {bad}.")
 
 
@@ -120,13 +125,18 @@ def scores(name, value):
         raise TypeError(f"`{name}` must be real numbers, got dtype {array.dtype}.")
     if jnp.issubdtype(array.dtype, jnp.integer):
         return array.astype(float)
-    values = concrete(array)
-    if values is not None and np.isnan(values).any():
+    missing = known(_count_nan, array)
+    if missing:
         raise ValueError(
-            f"`{name}` must be numbers, got NaN for {np.isnan(values).sum()} of "
-            f"{array.size}. Training diverged?"
+            f"`{name}` must be numbers, got NaN for {missing} of {array.size}. "
+            "Training diverged?"
         )
     return array
+
+
+@jax.jit
+def _count_nan(array):
+    return jnp.sum(jnp.isnan(array))
 
 
 def not_empty(name, *arrays):

@@ -54,9 +54,9 @@ def fractions(name, value):
         raise ValueError(
             f"`{name}` must be a list of at least one number, got shape {array.shape}."
         )
-    values = concrete(array)
-    if values is not None and not (np.all(values >= 0) and np.all(values <= 1)):
-        bad = values.max() if np.all(values >= 0) else values.min()
+    low, high = extremes(array) or (0, 1)
+    if not 0 <= low <= high <= 1:
+        bad = high if low >= 0 else low
         raise ValueError(f"`{name}` must be in [0, 1], got {bad}.")
     return array
 
@@ -140,17 +140,37 @@ def measured(name, value):
     return float(value)
 
 
-def concrete(array):
-    """The values of a concrete array on this host as NumPy's, else None.
+def extremes(array):
+    """Return the least and the greatest value of `array`, where they are known.
 
-    NumPy's, because within ``jit`` even the minimum of a constant is a tracer.
+    Both are NaN if any is. None of a tracer, of what other hosts hold, of no values.
     """
-    if isinstance(array, jax.core.Tracer):
+    return known(_extremes, array) if array.size else None
+
+
+def known(fn, *arrays):
+    """Return ``fn(*arrays)`` on the host if all `arrays` are concrete, else None.
+
+    The arrays stay on their devices. Within ``jit``, where even the minimum of a
+    constant is a tracer, and on any mesh, `fn` is evaluated at once: it must be jitted.
+    """
+    leaves = jax.tree.leaves(arrays)
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
         return None
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return None
-    floating = jnp.issubdtype(array.dtype, jnp.floating)
-    return np.asarray(array, np.float64 if floating else array.dtype)
+    meshes = [jax.sharding.AbstractMesh((), ())]
+    for x in leaves:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return None
+        sharding = getattr(x, "sharding", None)
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            meshes.append(sharding.mesh.abstract_mesh)
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(meshes[-1]):
+        return jax.tree.map(lambda x: x.item(), jax.device_get(fn(*arrays)))
+
+
+@jax.jit
+def _extremes(x):
+    return jnp.min(x), jnp.max(x)
 
 
 def _scalar(name, value):

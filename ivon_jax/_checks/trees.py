@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .scalars import _scalar, concrete
+from .scalars import _scalar, extremes
 
 
 def is_masked(node):
@@ -148,11 +148,10 @@ def scales(name, value, count):
 
 def non_negative_array(name, array):
     """Reject concrete values that are negative, infinite or NaN."""
-    values = None if array is None else concrete(jnp.asarray(array))
-    if values is not None and not (np.all(values >= 0) and np.all(values < np.inf)):
+    low, high = (None if array is None else extremes(jnp.asarray(array))) or (0, 0)
+    if not 0 <= low <= high < np.inf:
         raise ValueError(
-            f"`{name}` must be non-negative and finite, got {values.min()} to "
-            f"{values.max()}."
+            f"`{name}` must be non-negative and finite, got {low} to {high}."
         )
 
 
