@@ -1,12 +1,14 @@
 """Trees of arrays: parameters, and what must be shaped like them."""
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .differences import difference, leaf_in_words
 from .scalars import _scalar, extremes
 
 
@@ -26,9 +28,8 @@ def like(name, tree, reference_name, reference):
         same = False
     if not same:
         raise ValueError(
-            f"`{name}` must have the tree structure of {reference_name}, got\n"
-            f"{jax.tree.structure(tree)}\nwhere {reference_name} has\n"
-            f"{jax.tree.structure(reference)}."
+            f"`{name}` must have the tree structure of {reference_name}, "
+            + difference(name, tree, reference_name, reference)
         )
     leaves = jax.tree_util.tree_leaves_with_path(reference)
     for (path, p), x in zip(leaves, jax.tree.leaves(tree), strict=True):
@@ -53,9 +54,8 @@ def mask_of(name, mask, tree):
         return jax.tree.map(lambda k, t: jax.tree.map(lambda _: k, t), mask, tree)
     except ValueError:
         raise ValueError(
-            f"`{name}` must be a tree prefix of the posterior's mean, got\n"
-            f"{jax.tree.structure(mask)}\nwhere the mean has\n"
-            f"{jax.tree.structure(tree)}."
+            f"`{name}` must be a tree prefix of the posterior's mean, "
+            + difference(name, mask, "the mean", tree, prefix=True)
         ) from None
 
 
@@ -87,15 +87,23 @@ def keep_like(name, mask, reference_name, reference):
 
 
 def floating_leaves(params):
-    """Reject parameters that no Gaussian can have: integers, booleans, complex."""
+    """Reject parameters that no Gaussian can have, whole modules among them."""
+    if params is None:
+        raise TypeError("`params` must be a tree of arrays, got None.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"`params` must be real floating-point arrays, got {dtype} at "
-                f"params{jax.tree_util.keystr(path)}. Leave it out with `optax.masked` "
-                "or `optax.partition`."
-            )
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+            got = leaf_in_words(leaf)
+        elif not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            got = jnp.result_type(leaf)
+        else:
+            continue
+        raise TypeError(
+            f"`params` must be real floating-point arrays, got {got} at "
+            f"params{jax.tree_util.keystr(path)}. Leave it out: "
+            "`nnx.state(model, nnx.Param)` are the parameters of an NNX module, "
+            "`eqx.filter(model, eqx.is_inexact_array)` those of an Equinox module. In "
+            "other trees use `optax.masked` or `optax.partition`."
+        )
 
 
 def floating_tree(name, tree):

@@ -1,0 +1,94 @@
+"""Where two trees differ first, in a few lines, and what to pass instead."""
+
+import jax
+import jax.numpy as jnp
+
+NOTHING = object()
+REMEDIES = (
+    (
+        "flax.nnx",
+        "\nOf NNX models and optimizers, use `ivon_jax.flax.posterior`, `.prior` and "
+        "`.sample`, and `nnx.state(sampled, nnx.Param)` for `sample=`. Other functions "
+        "take `ivon_jax.flax.arrays` of both trees.",
+    ),
+    (
+        "equinox",
+        "\nOf an Equinox module, pass `eqx.filter(model, eqx.is_inexact_array)`, as to "
+        "`tx.init`.",
+    ),
+)
+
+
+def difference(name, tree, reference_name, reference, prefix=False):
+    """Return the first difference in words; `prefix`: leaves stand for subtrees."""
+    path, trail = _first("", [], tree, reference, prefix)
+    got, wanted = (_in_words(node) for node in trail[-1])
+    if got == wanted:
+        wanted = "one with other static fields"
+    return f"got {got} at {name}{path}, where {reference_name} has {wanted}." + _remedy(
+        trail
+    )
+
+
+def _first(path, trail, tree, reference, prefix):
+    """The path of the first difference, and the pairs of nodes on the way to it.
+
+    None where there is no difference.
+    """
+    trail = [*trail, (tree, reference)]
+    if jax.tree.structure(tree) == jax.tree.structure(reference):
+        return None
+    if prefix and _is_leaf(tree):
+        return None
+    if type(tree) is not type(reference) or _is_leaf(tree):
+        return path, trail
+    children, wanted = _children(tree), _children(reference)
+    for key in [*wanted, *children]:
+        pair = children.get(key, NOTHING), wanted.get(key, NOTHING)
+        if NOTHING in pair:
+            return path + key, [*trail, pair]
+        found = _first(path + key, trail, *pair, prefix)
+        if found:
+            return found
+    return path, trail
+
+
+def _children(node):
+    """The parts of a node by their keys in a path."""
+    parts, _ = jax.tree_util.tree_flatten_with_path(
+        node, is_leaf=lambda x: x is not node
+    )
+    return {jax.tree_util.keystr(path): part for path, part in parts}
+
+
+def _is_leaf(node):
+    return jax.tree_util.all_leaves([node])
+
+
+def _in_words(node):
+    if node is NOTHING:
+        return "nothing"
+    if node is None:
+        return "None"
+    if not _is_leaf(node):
+        return type(node).__name__
+    return leaf_in_words(node)
+
+
+def leaf_in_words(leaf):
+    """What stands where an array is expected."""
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return f"an array of shape {jnp.shape(leaf)}"
+    if callable(leaf):
+        return f"the function {getattr(leaf, '__name__', type(leaf).__name__)}"
+    return f"the {type(leaf).__name__} {leaf!r:.40}"
+
+
+def _remedy(trail):
+    """What to pass, by the libraries whose types stand on the way."""
+    nodes = [node for pair in trail for node in pair]
+    modules = [t.__module__ + "." for x in nodes for t in type(x).__mro__]
+    for library, remedy in REMEDIES:
+        if any(module.startswith(library + ".") for module in modules):
+            return remedy
+    return ""
