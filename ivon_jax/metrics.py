@@ -4,24 +4,36 @@ These take ``probs`` of shape (..., C), probabilities of C classes, and integer
 ``labels`` of shape (...) in 0..C-1, as JAX or NumPy arrays, and return a scalar: the
 mean over all N examples. :math:`p_{ic}` is example i's probability of class c,
 :math:`y_i` its label. `out_of_distribution` is the exception: it takes two sets of
-scores. All work under ``jit``; there, values go unchecked.
+scores.
 
-Each raises TypeError or ValueError for arguments that do not fit: shapes, labels that
-are no integers or out of range, probabilities that are negative or do not sum to one.
+``where``, booleans that broadcast to the labels' shape, says which examples count: the
+mean is over those. The others, padding, may have any label, such as -1 or -100, and
+any probabilities, NaN among them.
+
+All work under ``jit``. There, values go unchecked: a label out of range or a NaN that
+counts makes the result NaN, as does a mask without any example. Elsewhere each raises
+TypeError or ValueError for arguments that do not fit: shapes, labels that are no
+integers or out of range, probabilities that are negative or do not sum to one.
 
 Reference: Snoek et al., Can You Trust Your Model's Uncertainty?, NeurIPS 2019, whose
 metrics the paper uses (appendix C.3).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _checks
+from . import _checks, _sharding
 
 
 def accuracy(
-    probs: jax.typing.ArrayLike, labels: jax.typing.ArrayLike, k: int = 1
+    probs: jax.typing.ArrayLike,
+    labels: jax.typing.ArrayLike,
+    k: int = 1,
+    *,
+    where: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     r"""Share of examples whose label is among the `k` most probable classes.
 
@@ -35,16 +47,24 @@ def accuracy(
       probs: (..., C), probabilities.
       labels: (...), integers in 0..C-1.
       k: how many classes count, 1 to C. The paper's "Top-5 Acc." has 5.
+      where: which examples count, (...); None for all.
     """
-    probs, labels = _validated(probs, labels)
-    _checks.integer_between("k", k, 1, probs.shape[-1])
-    _, top = jax.lax.top_k(probs, k)
-    correct = jnp.any(top == labels[..., None], axis=-1)
-    return jnp.mean(correct.astype(probs.dtype))
+    arrays = _validated(probs, labels, where)
+    _checks.integer_between("k", k, 1, arrays[0].shape[-1])
+    return _accuracy(*arrays, k)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _accuracy(probs, labels, where, k):
+    probs, offsets, valid = _prepared(probs, labels, where)
+    return _mean(_is_among(k, probs, offsets), valid, where)
 
 
 def negative_log_likelihood(
-    probs: jax.typing.ArrayLike, labels: jax.typing.ArrayLike
+    probs: jax.typing.ArrayLike,
+    labels: jax.typing.ArrayLike,
+    *,
+    where: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     r"""Negative log-likelihood :math:`-\frac{1}{N} \sum_i \log p_{i y_i}`, in nats.
 
@@ -56,13 +76,23 @@ def negative_log_likelihood(
     Args:
       probs: (..., C), probabilities.
       labels: (...), integers in 0..C-1.
+      where: which examples count, (...); None for all.
     """
-    probs, labels = _validated(probs, labels)
-    likelihood = jnp.take_along_axis(probs, labels[..., None], axis=-1)
-    return -jnp.mean(jnp.log(likelihood))
+    return _negative_log_likelihood(*_validated(probs, labels, where))
 
 
-def brier_score(probs: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) -> jax.Array:
+@jax.jit
+def _negative_log_likelihood(probs, labels, where):
+    probs, offsets, valid = _prepared(probs, labels, where)
+    return -_mean(jnp.log(_of_label(probs, offsets)), valid, where)
+
+
+def brier_score(
+    probs: jax.typing.ArrayLike,
+    labels: jax.typing.ArrayLike,
+    *,
+    where: jax.typing.ArrayLike | None = None,
+) -> jax.Array:
     r"""Brier score :math:`\frac{1}{N} \sum_i \sum_c (p_{ic} - [c = y_i])^2`, in [0, 2].
 
     The sum over classes, not their mean: for two classes it is twice
@@ -74,14 +104,24 @@ def brier_score(probs: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) -> ja
     Args:
       probs: (..., C), probabilities.
       labels: (...), integers in 0..C-1.
+      where: which examples count, (...); None for all.
     """
-    probs, labels = _validated(probs, labels)
-    error = probs - jax.nn.one_hot(labels, probs.shape[-1], dtype=probs.dtype)
-    return jnp.mean(jnp.sum(error**2, axis=-1))
+    return _brier_score(*_validated(probs, labels, where))
+
+
+@jax.jit
+def _brier_score(probs, labels, where):
+    probs, offsets, valid = _prepared(probs, labels, where)
+    error = probs - (offsets == 0).astype(probs.dtype)
+    return _mean(jnp.sum(error**2, axis=-1), valid, where)
 
 
 def expected_calibration_error(
-    probs: jax.typing.ArrayLike, labels: jax.typing.ArrayLike, num_bins: int = 20
+    probs: jax.typing.ArrayLike,
+    labels: jax.typing.ArrayLike,
+    num_bins: int = 20,
+    *,
+    where: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     r"""Expected calibration error :math:`\sum_b \frac{n_b}{N} |acc_b - conf_b|`.
 
@@ -98,19 +138,38 @@ def expected_calibration_error(
       probs: (..., C), probabilities.
       labels: (...), integers in 0..C-1.
       num_bins: B; the paper uses 20.
+      where: which examples count, (...); None for all.
     """
-    probs, labels = _validated(probs, labels)
+    arrays = _validated(probs, labels, where)
     _checks.integer_between("num_bins", num_bins, 1)
-    confidence = jnp.max(probs, axis=-1).ravel()
-    correct = (jnp.argmax(probs, axis=-1) == labels).ravel()
-    edges = jnp.asarray(np.arange(1, num_bins) / num_bins, probs.dtype)
-    bins = jnp.searchsorted(edges, confidence, side="left")
-    gaps = correct.astype(probs.dtype) - confidence
-    return jnp.sum(jnp.abs(jax.ops.segment_sum(gaps, bins, num_bins))) / gaps.size
+    return _expected_calibration_error(*arrays, num_bins)
+
+
+@functools.partial(jax.jit, static_argnames="num_bins")
+def _expected_calibration_error(probs, labels, where, num_bins):
+    probs, offsets, valid = _prepared(probs, labels, where)
+    confidence = jnp.max(probs, axis=-1)
+    correct = _is_among(1, probs, offsets).astype(probs.dtype)
+    edges = np.arange(1, num_bins) / num_bins
+    lows = jnp.asarray([-np.inf, *edges], probs.dtype)
+    highs = jnp.asarray([*edges, np.inf], probs.dtype)
+
+    # A bin after the other: a scattered sum would add an example after the other, and
+    # lose 5 % of five million.
+    def share(bounds):
+        low, high = bounds
+        inside = (confidence > low) & (confidence <= high)
+        return _mean(jnp.where(inside, correct - confidence, 0), valid, where)
+
+    return jnp.sum(jnp.abs(jax.lax.map(share, (lows, highs))))
 
 
 def out_of_distribution(
-    in_scores: jax.typing.ArrayLike, out_scores: jax.typing.ArrayLike
+    in_scores: jax.typing.ArrayLike,
+    out_scores: jax.typing.ArrayLike,
+    *,
+    in_where: jax.typing.ArrayLike | None = None,
+    out_where: jax.typing.ArrayLike | None = None,
 ) -> dict[str, jax.Array]:
     r"""Measure how well scores tell in-domain from out-of-domain examples.
 
@@ -137,6 +196,9 @@ def out_of_distribution(
       in_scores: real, of any shape; a higher score means in-domain. The usual score is
         the confidence, an example's largest probability.
       out_scores: the same score of out-of-domain examples, of any shape.
+      in_where: which in-domain scores count, booleans that broadcast to their shape;
+        None for all. The others may be anything.
+      out_where: the same for out-of-domain scores.
 
     Returns:
       A dictionary of scalars in [0, 1]:
@@ -161,48 +223,109 @@ def out_of_distribution(
     Reference: Liang et al., Enhancing the Reliability of Out-of-distribution Image
     Detection in Neural Networks, ICLR 2018.
     """
-    inside, outside = _sorted_scores(in_scores, out_scores)
-    n, m, dtype = inside.size, outside.size, inside.dtype
+    inside = _scores("in_scores", in_scores, "in_where", in_where)
+    outside = _scores("out_scores", out_scores, "out_where", out_where)
+    names = "fpr_at_95_tpr", "detection_error", "auroc", "aupr_in", "aupr_out"
+    return dict(zip(names, _out_of_distribution(inside, outside), strict=True))
+
+
+@jax.jit
+def _out_of_distribution(inside, outside):
+    dtype = np.promote_types(np.float32, inside[0].dtype)
+    dtype = np.promote_types(dtype, outside[0].dtype)
+    (inside, n), (outside, m) = (_sorted(dtype, *x) for x in (inside, outside))
 
     def share(count, total):
         return count.astype(dtype) / jnp.asarray(total, dtype)
 
-    tp, fp = _at_least(inside, inside), _at_least(outside, inside)
-    out_at_most, in_at_most = _at_most(outside, outside), _at_most(inside, outside)
-    beaten = (m - fp) + _at_most(outside, inside)  # ties once, wins twice
-    return {
+    # Masked scores are at the end; as thresholds they don't count.
+    is_in, is_out = jnp.arange(inside.size) < n, jnp.arange(outside.size) < m
+    tp, fp = _at_least(inside, n, inside), _at_least(outside, m, inside)
+    out_at_most, in_at_most = (
+        _at_most(outside, m, outside),
+        _at_most(inside, n, outside),
+    )
+    beaten = (m - fp) + _at_most(outside, m, inside)  # ties once, wins twice
+    mistakes = share(n - tp, n) + share(fp, m)
+    result = (
         # No more than n // 20 scores may lie below: exactly TPR >= 19 / 20.
-        "fpr_at_95_tpr": share(fp[n // 20], m),
-        "detection_error": jnp.min(share(n - tp, n) + share(fp, m)) / 2,
-        "auroc": jnp.mean(share(beaten, 2 * m)),
-        "aupr_in": jnp.mean(share(tp, tp + fp)),
-        "aupr_out": jnp.mean(share(out_at_most, out_at_most + in_at_most)),
-    }
+        share(fp[n // 20], m),
+        jnp.min(mistakes, where=is_in, initial=2.0) / 2,
+        jnp.mean(share(beaten, m), where=is_in) / 2,
+        jnp.mean(share(tp, tp + fp), where=is_in),
+        jnp.mean(share(out_at_most, out_at_most + in_at_most), where=is_out),
+    )
+    some = (n > 0) & (m > 0) & ~jnp.isnan(inside[-1]) & ~jnp.isnan(outside[-1])
+    return [jnp.where(some, x, jnp.nan) for x in result]
 
 
-def _at_least(scores, thresholds):
-    """How many of the sorted `scores` are at or above each threshold."""
-    return scores.size - jnp.searchsorted(scores, thresholds, side="left")
+def _sorted(dtype, scores, where):
+    """Scores from low to high, those that don't count as if infinite; their number."""
+    scores = scores.astype(dtype)
+    if where is None:
+        count = scores.size
+    else:
+        scores, count = jnp.where(where, scores, jnp.inf), jnp.sum(where)
+    return jnp.sort(_sharding.whole(scores), axis=None), count
 
 
-def _at_most(scores, thresholds):
-    """How many of the sorted `scores` are at or below each threshold."""
-    return jnp.searchsorted(scores, thresholds, side="right")
+def _at_least(scores, count, thresholds):
+    """How many of `count` sorted `scores` are at or above each threshold."""
+    return count - jnp.searchsorted(scores, thresholds, side="left")
 
 
-def _sorted_scores(in_scores, out_scores):
-    """Checked scores, flat, in one dtype, float32 or wider, from low to high."""
-    scores = {"in_scores": in_scores, "out_scores": out_scores}
-    first, second = (_checks.scores(name, x) for name, x in scores.items())
-    for name, array in zip(scores, (first, second), strict=True):
-        _checks.not_empty(name, array)
-    dtype = np.promote_types(np.promote_types(np.float32, first.dtype), second.dtype)
-    return (jnp.sort(x.astype(dtype), axis=None) for x in (first, second))
+def _at_most(scores, count, thresholds):
+    """How many of `count` sorted `scores` are at or below each threshold."""
+    return jnp.minimum(jnp.searchsorted(scores, thresholds, side="right"), count)
 
 
-def _validated(probs, labels):
-    """Checked arrays; probabilities in float32 or wider."""
-    probs, labels = jnp.asarray(probs), jnp.asarray(labels)
-    _checks.probabilities("probs", probs)
-    _checks.labels("labels", labels, probs)
-    return probs.astype(np.promote_types(probs.dtype, jnp.float32)), labels
+def _scores(name, scores, where_name, where):
+    """Checked scores, and a whole mask of them or None."""
+    scores = jnp.asarray(scores)
+    _checks.not_empty(name, scores)
+    where = _checks.which_count(where_name, where, scores.shape)
+    return _checks.scores(name, scores, where), where
+
+
+def _validated(probs, labels, where):
+    """Checked arrays: labels of 32 bits or more, and a whole mask or None."""
+    probs, labels = jnp.asarray(probs), _checks.integers("labels", labels)
+    _checks.distributions("probs", probs)
+    where = _checks.which_count("where", where, probs.shape[:-1])
+    _checks.labels("labels", labels, probs.shape[:-1], probs.shape[-1], where)
+    _checks.sum_to_one("probs", probs, where)
+    return probs, labels, where
+
+
+def _prepared(probs, labels, where):
+    """Return float32 probabilities, each class minus the label, and what is valid."""
+    num_classes = probs.shape[-1]
+    probs = probs.astype(np.promote_types(probs.dtype, np.float32))
+    if where is not None:
+        probs = jnp.where(where[..., None], probs, 1 / num_classes)
+        labels = jnp.where(where, labels, 0)
+    classes = jnp.arange(num_classes, dtype=labels.dtype)
+    offsets = jnp.expand_dims(classes, range(labels.ndim)) - labels[..., None]
+    valid = (labels >= 0) & (labels < num_classes)
+    return probs, offsets, valid & ~jnp.isnan(jnp.sum(probs, axis=-1))
+
+
+def _of_label(probs, offsets):
+    """The probability of each label: a sum, which may be sharded over classes."""
+    return jnp.sum(jnp.where(offsets == 0, probs, 0), axis=-1)
+
+
+def _is_among(k, probs, offsets):
+    """Whether each label is among the k most probable classes."""
+    own = _of_label(probs, offsets)[..., None]
+    ahead = (probs > own) | ((probs == own) & (offsets < 0))
+    return jnp.sum(ahead, axis=-1) < k
+
+
+def _mean(values, valid, where):
+    """The mean of what counts, NaN if some of it is not valid."""
+    dtype = np.promote_types(values.dtype, np.float32)
+    values = jnp.where(valid, values.astype(dtype), jnp.nan)
+    if where is None:
+        return jnp.mean(values)
+    return jnp.sum(jnp.where(where, values, 0)) / jnp.sum(where, dtype=dtype)

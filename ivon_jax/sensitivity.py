@@ -226,7 +226,8 @@ def _evaluate(result, fn, posterior, x, y, loss, diagonal, chunk_size):
     count = _checks.number_of_examples(x=x, y=y)
     num_outputs = _jacobian.num_outputs(fn, posterior, x)
     if loss is _cross_entropy:
-        _checks.labels_of_examples("y", y, count, num_outputs)
+        labels = _checks.integers("y", _checks.one_array("y", y))
+        _checks.labels("y", labels, (count,), num_outputs)
     linearized = _jacobian.linearize(fn, posterior)
 
     def of_example(example):

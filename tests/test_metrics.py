@@ -1,5 +1,6 @@
 """The metrics against plain loops over examples, scikit-learn, and hand-made cases."""
 
+import functools
 import re
 import tracemalloc
 
@@ -16,7 +17,7 @@ from ivon_jax import metrics
 
 METRICS = {
     "accuracy": metrics.accuracy,
-    "top_3_accuracy": lambda probs, labels: metrics.accuracy(probs, labels, k=3),
+    "top_3_accuracy": functools.partial(metrics.accuracy, k=3),
     "negative_log_likelihood": metrics.negative_log_likelihood,
     "brier_score": metrics.brier_score,
     "expected_calibration_error": metrics.expected_calibration_error,
@@ -152,6 +153,109 @@ def test_constants_are_checked_under_jit():
         jax.jit(lambda probs: metrics.brier_score(probs, above))(PROBS)
 
 
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+@pytest.mark.parametrize(("padding", "shape"), [(-1, (60,)), (-100, (6, 10))])
+def test_what_is_masked_changes_neither_value_nor_gradient(metric, padding, shape):
+    """As if it were not there, whatever it is."""
+    probs, labels = predictions(0, shape)
+    where = np.random.default_rng(1).uniform(size=shape) < 0.7
+    expected, gradient = jax.value_and_grad(metric)(probs[where], labels[where])
+    padded = np.where(where[..., None], probs, np.nan)
+    labels = np.where(where, labels, padding)
+    for run in (metric, jax.jit(metric)):
+        result, grads = jax.value_and_grad(run)(padded, labels, where=where)
+        np.testing.assert_allclose(result, expected, rtol=1e-6)
+        np.testing.assert_allclose(grads[where], gradient, rtol=1e-5, atol=1e-7)
+        np.testing.assert_array_equal(grads[~where], 0)
+
+
+def test_a_mask_broadcasts_to_the_labels():
+    """Whole rows of tokens, and a mask for all batches."""
+    probs, labels = predictions(0, (3, 4))
+    for where in (np.array([[True], [False], [True]]), np.arange(4) < 3):
+        whole = np.broadcast_to(where, labels.shape)
+        expected = metrics.brier_score(probs[whole], labels[whole])
+        result = metrics.brier_score(probs, labels, where=where)
+        np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_under_jit_what_is_wrong_and_counts_is_nan(metric):
+    """A label of no class, a NaN, no example at all: not a number that looks right."""
+    probs, labels = predictions(0, (5,))
+    run = jax.jit(metric)
+    assert np.isfinite(run(probs, labels))
+    for bad in (-1, -7, -100, 7, 2**31 - 1, -(2**31)):
+        assert np.isnan(run(probs, labels.clip(bad, bad)))
+        assert np.isnan(run(probs, np.append(labels[:4], np.int32(bad))))
+    probs[1, (labels[1] + 1) % 7] = np.nan
+    assert np.isnan(run(probs, labels))
+    assert np.isnan(run(PROBS, LABELS, where=np.zeros(500, bool)))
+
+
+INTEGERS = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_labels_may_be_integers_of_any_type(dtype):
+    """Of 300 classes, more than 8 bits can count."""
+    probs, labels = predictions(0, (60,), 300)
+    labels = labels % 128
+    for name, metric in METRICS.items():
+        for typed in (labels.astype(dtype), jnp.asarray(labels.astype(dtype))):
+            np.testing.assert_array_equal(
+                metric(probs, typed), metric(probs, labels), err_msg=name
+            )
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.usefixtures("x64")
+def test_the_greatest_integer_of_any_type_is_no_class(dtype):
+    """Nor does it become one where it is cast."""
+    probs, labels = predictions(0, (2,), 300)
+    labels = np.array([labels[0], np.iinfo(dtype).max], dtype)
+    result = jax.jit(metrics.brier_score)(probs, labels)
+    assert np.isnan(result) == (labels[1] >= 300)
+
+
+@pytest.mark.parametrize("label", [2**32, 2**32 + 1, -(2**32), 2**63 - 1])
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_labels_beyond_32_bits_are_no_classes(metric, label):
+    """Their lower 32 bits are."""
+    message = re.escape("`labels` must be in 0..6, got ")
+    with pytest.raises(ValueError, match=message):
+        metric(PROBS[:2], np.array([0, label]))
+
+
+@pytest.fixture(scope="module")
+def ten_million():
+    """Two classes, and probabilities that are a tenth too confident."""
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.5, 1, size=10_000_000).astype(np.float32)
+    labels = (rng.uniform(size=confidence.size) > 0.9 * confidence).astype(np.int8)
+    return np.stack([confidence, 1 - confidence], axis=-1), labels
+
+
+def test_sums_over_ten_million_examples_are_exact(ten_million):
+    """To 1e-6 of double precision, which adding one by one in float32 is not."""
+    probs, labels = ten_million
+    confidence, own = probs[:, 0], np.where(labels == 0, *probs.T).astype(np.float64)
+    gaps = (labels == 0).astype(np.float64) - confidence
+    expected = {
+        "accuracy": np.mean(labels == 0),
+        "negative_log_likelihood": -np.log(own).mean(),
+        "brier_score": 2 * np.mean((1 - own) ** 2),
+    }
+    for name, value in expected.items():
+        result = METRICS[name](probs, labels)
+        np.testing.assert_allclose(result, value, rtol=1e-6, err_msg=name)
+    result = metrics.expected_calibration_error(probs, labels, num_bins=1)
+    np.testing.assert_allclose(result, np.abs(gaps.mean()), rtol=1e-6)
+    result = metrics.accuracy(probs, labels, where=confidence > 0.6)
+    expected = np.mean(labels[confidence > 0.6] == 0)
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
 PROBS, LABELS = predictions(0)
 BAD_ARRAYS = [
     (PROBS.astype(int), LABELS, TypeError, "`probs` must be floating-point, got"),
@@ -166,6 +270,14 @@ BAD_ARRAYS = [
     (np.log(PROBS), LABELS, ValueError, "`probs` must be non-negative, got -"),
     (np.nan * PROBS, LABELS, ValueError, "got a sum of nan. Training diverged?"),
     (PROBS, np.eye(7)[LABELS], TypeError, "Of one-hot labels pass the argmax."),
+    (PROBS, LABELS - 1, ValueError, "Say by `where` which labels count."),
+    (
+        PROBS[:, :1],
+        LABELS,
+        ValueError,
+        "must have two or more classes in its last axis,",
+    ),
+    (PROBS[:, :1], LABELS, ValueError, "`jnp.concatenate([1 - p, p], axis=-1)`."),
 ]
 
 
@@ -174,6 +286,22 @@ BAD_ARRAYS = [
 def test_arrays_that_do_not_fit_are_named(metric, probs, labels, error, message):
     with pytest.raises(error, match=re.escape(message)):
         metric(probs, labels)
+
+
+BAD_MASKS = [
+    (np.ones(500), TypeError, "`where` must be boolean, true where an example counts,"),
+    (LABELS, TypeError, "got dtype int32. Of weights pass `weights > 0`."),
+    (LABELS[:3] > 0, ValueError, "`where` must broadcast to shape (500,), one boolean"),
+    (LABELS[:, None] > 0, ValueError, "for each example, got (500, 1)."),
+    (LABELS < 0, ValueError, "`where` must be true somewhere: no example would count."),
+]
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+@pytest.mark.parametrize(("where", "error", "message"), BAD_MASKS)
+def test_masks_that_do_not_fit_are_named(metric, where, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        metric(PROBS, LABELS, where=where)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +406,41 @@ def test_out_of_distribution_works_under_jit_and_vmap():
         expected = metrics.out_of_distribution(*pair)
         for name, value in expected.items():
             np.testing.assert_allclose(result[name][i], value, rtol=1e-6)
+
+
+def test_masked_scores_are_as_if_they_were_not_there():
+    """Also where others are infinite, and where the masked ones are NaN."""
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 9, size=(2, 50)).astype(np.float32)
+    scores[:, :3], scores[:, 3:5] = np.inf, -np.inf
+    where = rng.uniform(size=(2, 50)) < 0.5
+    expected = metrics.out_of_distribution(
+        *(x[w] for x, w in zip(scores, where, strict=True))
+    )
+    masks = dict(zip(("in_where", "out_where"), where, strict=True))
+    for fill in (np.nan, np.inf, -np.inf, 4.0):
+        filled = np.where(where, scores, np.float32(fill))
+        for run in (metrics.out_of_distribution, jax.jit(metrics.out_of_distribution)):
+            result = run(*filled, **masks)
+            for name, value in expected.items():
+                np.testing.assert_allclose(result[name], value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["in_where", "out_where"])
+def test_masks_of_scores_are_checked_and_without_a_score_nan(name):
+    none = {name: np.zeros(5, bool)}
+    with pytest.raises(ValueError, match=f"`{name}` must be true somewhere"):
+        metrics.out_of_distribution(SCORES, SCORES, **none)
+    result = jax.jit(metrics.out_of_distribution)(SCORES, SCORES, **none)
+    assert np.isnan(list(result.values())).all()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_under_jit_scores_that_are_nan_give_nan(which):
+    scores = [SCORES, SCORES]
+    scores[which] = np.where(SCORES > 0, SCORES, np.nan)
+    result = jax.jit(metrics.out_of_distribution)(*scores)
+    assert np.isnan(list(result.values())).all()
 
 
 @pytest.mark.parametrize(

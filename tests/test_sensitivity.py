@@ -401,7 +401,7 @@ BAD = {
     ),
     "a column of labels": (
         {"y": np.arange(3)[:, None]},
-        "`y` must have shape (3,), one label for each example, got (3, 1).",
+        "`y` must have shape (3,), one label for each prediction, got (3, 1).",
     ),
     "a tree of labels": (
         {"y": {"label": np.arange(3)}},

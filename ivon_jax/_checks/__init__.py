@@ -1,8 +1,9 @@
 """Argument checks: the only place that words errors about values."""
 
 from .data import (
+    distributions as distributions,
+    integers as integers,
     labels as labels,
-    labels_of_examples as labels_of_examples,
     loss_of_example as loss_of_example,
     not_empty as not_empty,
     number_of_examples as number_of_examples,
@@ -13,6 +14,8 @@ from .data import (
     scalar_loss as scalar_loss,
     scores as scores,
     stateless as stateless,
+    sum_to_one as sum_to_one,
+    which_count as which_count,
 )
 from .gaussians import (
     curvature as curvature,

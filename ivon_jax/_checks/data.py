@@ -5,11 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .scalars import extremes, known
+from .scalars import known
 
 
 def probabilities(name, probs):
     """Reject what is no array of distributions over its last axis."""
+    distributions(name, probs)
+    sum_to_one(name, probs)
+
+
+def distributions(name, probs):
+    """Reject what can be no array of distributions, whatever its values."""
     if not jnp.issubdtype(probs.dtype, jnp.floating):
         raise TypeError(f"`{name}` must be floating-point, got dtype {probs.dtype}.")
     if not probs.ndim or not probs.size:
@@ -17,7 +23,17 @@ def probabilities(name, probs):
             f"`{name}` must have shape (..., num_classes) and at least one example, "
             f"got shape {probs.shape}."
         )
-    least, low, high = known(_of_distributions, probs) or (0, 1, 1)
+    if probs.shape[-1] == 1:
+        raise ValueError(
+            f"`{name}` must have two or more classes in its last axis, got shape "
+            f"{probs.shape}. Of one sigmoid make two columns: "
+            "`jnp.concatenate([1 - p, p], axis=-1)`."
+        )
+
+
+def sum_to_one(name, probs, where=None):
+    """Reject values that are no distributions over the last axis, where they count."""
+    least, low, high = known(_of_distributions, probs, where) or (0, 1, 1)
     if least < 0:
         raise ValueError(
             f"`{name}` must be non-negative, got {least}. Softmax the logits."
@@ -31,40 +47,82 @@ def probabilities(name, probs):
 
 
 @jax.jit
-def _of_distributions(probs):
+def _of_distributions(probs, where):
     """The least probability, and the least and the greatest sum over classes."""
     total = jnp.sum(probs, axis=-1, dtype=np.promote_types(probs.dtype, np.float32))
-    return jnp.min(probs), jnp.min(total), jnp.max(total)
+    least = jnp.min(probs, axis=-1)
+    if where is not None:
+        least, total = jnp.where(where, least, 0), jnp.where(where, total, 1)
+    return jnp.min(least), jnp.min(total), jnp.max(total)
 
 
-def labels(name, labels, probs):
-    """Reject what are no class indices for `probs`."""
+def which_count(name, where, shape):
+    """Return a mask as an array of this shape, or None."""
+    if where is None:
+        return None
+    where = jnp.asarray(where)
+    if where.dtype != bool:
+        raise TypeError(
+            f"`{name}` must be boolean, true where an example counts, got dtype "
+            f"{where.dtype}. Of weights pass `weights > 0`."
+        )
+    try:
+        fits = np.broadcast_shapes(where.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"`{name}` must broadcast to shape {shape}, one boolean for each example, "
+            f"got {where.shape}."
+        )
+    if known(_any, where) is False:
+        raise ValueError(f"`{name}` must be true somewhere: no example would count.")
+    return jnp.broadcast_to(where, shape)
+
+
+@jax.jit
+def _any(where):
+    return jnp.any(where)
+
+
+def integers(name, labels, remedy=""):
+    """Return integers of 32 bits, or more, so that no number of classes overflows."""
+    if isinstance(labels, np.ndarray) and labels.dtype in (np.int64, np.uint64):
+        # Without x64 JAX keeps the lower 32 bits: 2**32 would be class 0.
+        lowest = max(-1, np.iinfo(labels.dtype).min)
+        labels = np.clip(labels, lowest, np.iinfo(np.int32).max)
+    labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(
             f"`{name}` must be integers, got dtype {labels.dtype}. Of one-hot labels "
-            "pass the argmax."
+            f"pass the argmax.{remedy}"
         )
-    if labels.shape != probs.shape[:-1]:
+    # What does not fit becomes negative.
+    return labels.astype(jnp.int64 if labels.dtype.itemsize > 4 else jnp.int32)
+
+
+def labels(name, labels, shape, num_classes, where=None, remedy=""):
+    """Reject what are no class indices of this shape, where they count."""
+    if labels.shape != shape:
         raise ValueError(
-            f"`{name}` must have shape {probs.shape[:-1]}, one label for each row of "
-            f"`probs`, got {labels.shape}."
+            f"`{name}` must have shape {shape}, one label for each prediction, got "
+            f"{labels.shape}.{remedy}"
         )
-    num_classes = probs.shape[-1]
-    low, high = extremes(labels) or (0, 0)
+    low, high = known(_of_labels, labels, where) or (0, 0)
     if not 0 <= low <= high < num_classes:
         bad = low if low < 0 else high
-        raise ValueError(f"`{name}` must be in 0..{num_classes - 1}, got {bad}.")
-
-
-def labels_of_examples(name, y, count, num_classes):
-    """Reject what are no class indices, one for each of `count` examples."""
-    one_array(name, y)
-    if jnp.issubdtype(y.dtype, jnp.integer) and y.shape != (count,):
         raise ValueError(
-            f"`{name}` must have shape {(count,)}, one label for each example, got "
-            f"{y.shape}."
+            f"`{name}` must be in 0..{num_classes - 1}, got {bad}. Say by `where` "
+            f"which labels count.{remedy}"
         )
-    labels(name, y, jax.ShapeDtypeStruct((count, num_classes), jnp.float32))
+
+
+@jax.jit
+def _of_labels(labels, where):
+    """The least and the greatest label."""
+    if where is not None:
+        labels = jnp.where(where, labels, 0)
+    return jnp.min(labels), jnp.max(labels)
 
 
 def number_of_examples(**trees):
@@ -118,14 +176,14 @@ def outputs_of_one(output):
     return output.shape[1]
 
 
-def scores(name, value):
-    """Return numbers to rank, as floating-point ones."""
+def scores(name, value, where=None):
+    """Return numbers to rank, as floating-point ones; none that counts is NaN."""
     array = jnp.asarray(value)
     if not any(jnp.issubdtype(array.dtype, k) for k in (jnp.floating, jnp.integer)):
         raise TypeError(f"`{name}` must be real numbers, got dtype {array.dtype}.")
     if jnp.issubdtype(array.dtype, jnp.integer):
         return array.astype(float)
-    missing = known(_count_nan, array)
+    missing = known(_count_nan, array, where)
     if missing:
         raise ValueError(
             f"`{name}` must be numbers, got NaN for {missing} of {array.size}. "
@@ -135,8 +193,9 @@ def scores(name, value):
 
 
 @jax.jit
-def _count_nan(array):
-    return jnp.sum(jnp.isnan(array))
+def _count_nan(array, where):
+    missing = jnp.isnan(array)
+    return jnp.sum(missing if where is None else missing & where)
 
 
 def not_empty(name, *arrays):
