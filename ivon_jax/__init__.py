@@ -10,9 +10,10 @@ from . import (
     pruning as pruning,
     sensitivity as sensitivity,
 )
-from ._gaussian import NaturalParameters as NaturalParameters, Posterior as Posterior
+from ._gaussian import Posterior as Posterior
 from ._gradients import value_and_grad as value_and_grad
 from ._mixture import Mixture as Mixture
+from ._natural import NaturalParameters as NaturalParameters, PointMass as PointMass
 from ._objective import evidence_lower_bound as evidence_lower_bound
 from ._posterior import (
     find_states as find_states,

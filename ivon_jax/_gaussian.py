@@ -1,6 +1,5 @@
 """The Gaussian over the weights, as a pytree, and its algebra."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,14 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _checks, _noise, _rules, _sharding
-
-
-class NaturalParameters(NamedTuple):
-    r"""Natural parameters of a Gaussian; those of a product of Gaussians add up."""
-
-    linear: optax.Params  # m / sigma^2, shapes of the mean; the mean of a point mass
-    quadratic: optax.Params  # -1 / (2 sigma^2), the same; None for a point mass
+from . import _checks, _densities, _natural, _noise, _rules, _sharding
+from ._natural import NaturalParameters, PointMass
 
 
 class Posterior(NamedTuple):
@@ -25,6 +18,9 @@ class Posterior(NamedTuple):
     Like any pytree of arrays it goes through ``jit``, ``vmap``, sharding, Orbax and
     msgpack. A parameter array that IVON doesn't train is a point mass: its entry of
     `precision` is None, its variance is zero, and densities leave it out.
+
+    Outside of ``jit`` every method checks the values. Within it, what a precision that
+    is negative or NaN leads to is NaN.
 
     >>> q = Posterior(mean={"w": jnp.zeros(2)}, precision={"w": jnp.full(2, 4.0)})
     >>> print(q.stddev["w"])
@@ -80,12 +76,23 @@ class Posterior(NamedTuple):
         >>> print(Posterior.from_natural_parameters(product).precision)
         [8. 8.]
 
+        A point mass stays where it is, if that is the same in all factors; of several
+        places the result is the mean.
+
         Raises:
           ValueError: the trees differ, or a quadratic entry is not negative.
         """
-        _checks.natural_parameters(natural)
-        q = cls(natural.linear, jax.tree.map(lambda x: -2.0 * x, natural.quadratic))
-        return q._replace(mean=map_arrays(lambda x, p: x / p, q, point_mass=_itself))
+        _checks.natural_parameters(natural, PointMass)
+
+        def gaussian(linear, quadratic):
+            if isinstance(quadratic, PointMass):
+                return _natural.place(linear, quadratic.weight), None
+            linear, quadratic = _densities.wide(linear, quadratic)
+            precision = -2.0 * quadratic
+            return linear / precision, precision
+
+        pairs = jax.tree.map(gaussian, natural.linear, natural.quadratic)
+        return cls(*(_part(pairs, natural.linear, i) for i in range(2)))
 
     @property
     def natural_parameters(self) -> NaturalParameters:
@@ -95,9 +102,18 @@ class Posterior(NamedTuple):
         >>> print(*q.natural_parameters)
         [4. 4.] [-2. -2.]
         """
+        _checks.precisions(self)
+
+        def linear(mean, precision):
+            mean, precision = _densities.wide(mean, precision)
+            return precision * mean
+
+        def point_mass(_):
+            return PointMass(jnp.ones([]))
+
         return NaturalParameters(
-            map_arrays(lambda m, p: p * m.astype(p.dtype), self, point_mass=_itself),
-            map_arrays(lambda _, p: -0.5 * p, self),
+            map_arrays(linear, self, point_mass=_natural.summable),
+            map_arrays(lambda _, p: -0.5 * p, self, point_mass=point_mass),
         )
 
     def tempered(self, temperature: jax.typing.ArrayLike) -> "Posterior":
@@ -116,6 +132,7 @@ class Posterior(NamedTuple):
           TypeError, ValueError: `temperature` is no positive number.
         """
         temperature = _checks.positive("temperature", temperature)
+        _checks.precisions(self)
 
         def divide(_, precision):
             return precision / jnp.asarray(temperature, precision.dtype)
@@ -136,24 +153,36 @@ class Posterior(NamedTuple):
 
         Args:
           mask: a tree of booleans, or a prefix of one, or a function from `mean` to
-            it, as for `optax.masked`: True stays as it is.
+            it, as for `optax.masked`: True stays as it is. What can be called and has
+            the structure of `mean`, as an Equinox module, is a tree.
 
         Raises:
           ValueError, TypeError: `mask` does not fit, or has other leaves than booleans.
         """
-        mask = mask(self.mean) if callable(mask) else mask
+        _checks.precisions(self)
+        mask = mask if _checks.is_mask(mask, self.mean) else mask(self.mean)
         keep = _checks.mask_of("mask", mask, self.mean)
-        precision = map_arrays(lambda _, p, kept: p if kept else None, self, keep)
+
+        def kept(_, precision, keep):
+            return precision if keep else None
+
+        precision = jax.tree.map(kept, self.mean, self.precision, keep)
         return self._replace(precision=precision)
 
     @property
     def variance(self) -> optax.Params:
         r""":math:`\sigma^2`, a tree of `mean`'s structure; zero for a point mass."""
-        return map_arrays(lambda _, p: 1.0 / p, self, point_mass=jnp.zeros_like)
+        _checks.precisions(self)
+
+        def inverse(_, precision):
+            return 1.0 / jnp.where(precision >= 0, precision, jnp.nan)
+
+        return map_arrays(inverse, self, point_mass=jnp.zeros_like)
 
     @property
     def stddev(self) -> optax.Params:
         r""":math:`\sigma`, a tree of `mean`'s structure; zero for a point mass."""
+        _checks.precisions(self)
         return map_arrays(
             lambda _, p: 1.0 / jnp.sqrt(p), self, point_mass=jnp.zeros_like
         )
@@ -173,28 +202,30 @@ class Posterior(NamedTuple):
         Returns:
           A tree of `mean`'s structure and dtypes; each array has shape
           ``shape + mean.shape``. Point masses are their mean.
+
+        Raises:
+          TypeError, ValueError: `key` or `shape` is none, or a precision is zero.
         """
+        key, shape = _checks.random_key("key", key), _checks.shape("shape", shape)
+        _checks.precisions(self, positive=True)
 
         def draw(key):
             return drawn(self, standard_normal(self, key))
 
-        for _ in shape:
-            draw = jax.vmap(draw)
-        return draw(jax.random.split(key, shape) if shape else key)
+        return each(draw, key, shape)
 
     def log_prob(self, theta: optax.Params) -> jax.Array:
         r"""Log-density :math:`\log q(\theta)` in nats, without the point masses.
 
         >>> q = Posterior(mean=jnp.zeros(2), precision=jnp.full(2, 2 * jnp.pi))
-        >>> print(q.log_prob(jnp.zeros(2)))
-        0.0
+        >>> print(f"{q.log_prob(jnp.zeros(2)):.6f}")
+        0.000000
         """
         theta = _checks.like("theta", theta, "the posterior's mean", self.mean)
+        _checks.precisions(self)
 
         def log_density(mean, precision, x):
-            x, mean = (jnp.asarray(value, precision.dtype) for value in (x, mean))
-            log_scale = jnp.log(precision / (2 * math.pi))
-            return 0.5 * jnp.sum(log_scale - precision * (x - mean) ** 2)
+            return _densities.log_density(x, mean, precision)
 
         return _total(map_arrays(log_density, self, theta))
 
@@ -202,12 +233,11 @@ class Posterior(NamedTuple):
         r"""Entropy :math:`-E_q[\log q(\theta)]` in nats, without the point masses.
 
         >>> q = Posterior(mean=jnp.zeros(2), precision=jnp.full(2, 2 * jnp.pi * jnp.e))
-        >>> print(round(float(q.entropy()), 6) + 0.0)
-        0.0
+        >>> print(f"{abs(q.entropy()):.6f}")
+        0.000000
         """
-        return _total(
-            map_arrays(lambda _, p: 0.5 * jnp.sum(1 - jnp.log(p / (2 * math.pi))), self)
-        )
+        _checks.precisions(self)
+        return _total(map_arrays(lambda _, p: _densities.entropy(p), self))
 
     def kl_divergence(self, prior: "Posterior") -> jax.Array:
         r"""Kullback-Leibler divergence :math:`KL(q \| p)` to another Gaussian, in nats.
@@ -231,15 +261,10 @@ class Posterior(NamedTuple):
         _checks.gaussian("prior", prior, Posterior)
         _checks.like("prior.mean", prior.mean, "the posterior's mean", self.mean)
         _checks.same_point_masses(self, prior)
-
-        def divergence(mean, precision, prior_mean, prior_precision):
-            means = (mean, prior_mean)
-            mean, prior_mean = (jnp.asarray(m, precision.dtype) for m in means)
-            excess = (prior_precision - precision) / precision
-            shift = prior_precision * (mean - prior_mean) ** 2
-            return 0.5 * jnp.sum(excess - jnp.log1p(excess) + shift)
-
-        return _total(map_arrays(divergence, self, prior.mean, prior.precision))
+        _checks.precisions(self)
+        return _total(
+            map_arrays(_densities.kl_divergence, self, prior.mean, prior.precision)
+        )
 
 
 def standard_normal(q: Posterior, key: jax.Array) -> optax.Params:
@@ -267,13 +292,21 @@ def drawn(
     """Return theta of standard normal noise, in `dtype` or the parameters' dtypes."""
 
     def shift(mean, precision, noise):
-        theta = mean.astype(precision.dtype) + _rules.perturbation(noise, precision)
+        perturbation = _rules.perturbation(noise, precision)
+        theta = jnp.add(*_densities.wide(mean, perturbation))
         return theta.astype(dtype or mean.dtype)
 
     def cast(mean):
         return mean if dtype is None else mean.astype(dtype)
 
     return map_arrays(shift, q, noise, point_mass=cast)
+
+
+def each(draw, key, shape):
+    """One ``draw(key)`` for each index of `shape`, which leads in the result."""
+    for _ in shape:
+        draw = jax.vmap(draw)
+    return draw(jax.random.split(key, shape) if shape else key)
 
 
 def map_arrays(fn, q, *rest, point_mass=lambda _: None):
@@ -283,15 +316,18 @@ def map_arrays(fn, q, *rest, point_mass=lambda _: None):
     def leaf(mean, precision, *values):
         if precision is None:
             return point_mass(mean)
+        [precision] = _densities.wide(precision)
         return fn(jnp.asarray(mean), precision, *values)
 
     return jax.tree.map(leaf, q.mean, q.precision, *rest)
 
 
-def _itself(x):
-    return x
-
-
 def _total(tree):
     """The sum over arrays, zero for none."""
-    return sum(jax.tree.leaves(tree), start=jnp.zeros([]))
+    totals = jax.tree.leaves(tree)
+    return jnp.sum(jnp.stack(_densities.wide(*totals))) if totals else jnp.zeros([])
+
+
+def _part(pairs, reference, index):
+    """The first or the second of each pair in a tree like `reference`."""
+    return jax.tree.map(lambda _, pair: pair[index], reference, pairs)

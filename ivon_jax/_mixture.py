@@ -1,5 +1,6 @@
 """Multi-IVON: several Gaussians as one posterior."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from . import _checks, _sharding
-from ._gaussian import Posterior
+from ._gaussian import Posterior, each
 
 
 class Mixture(NamedTuple):
@@ -65,15 +66,14 @@ class Mixture(NamedTuple):
         Returns:
           A tree like the mean of a member, each array of ``shape`` and its own.
         """
+        key, shape = _checks.random_key("key", key), _checks.shape("shape", shape)
 
         def draw(key):
             member_key, noise_key = jax.random.split(key)
             index = jax.random.randint(member_key, (), 0, self.num_members)
             return self.member(index).sample(noise_key)
 
-        for _ in shape:
-            draw = jax.vmap(draw)
-        return draw(jax.random.split(key, shape) if shape else key)
+        return each(draw, key, shape)
 
     def strata(self, key: jax.Array, num_samples: int) -> jax.Array:
         """Choose members for samples, each as often as the others.
@@ -102,8 +102,8 @@ class Mixture(NamedTuple):
         r"""Log-density :math:`\log q(\theta)` in nats, without the point masses.
 
         >>> q = Posterior(mean=jnp.zeros(2), precision=jnp.full(2, 2 * jnp.pi))
-        >>> print(Mixture([q, q]).log_prob(jnp.zeros(2)))
-        0.0
+        >>> print(f"{Mixture([q, q]).log_prob(jnp.zeros(2)):.6f}")
+        0.000000
         """
         densities = jax.vmap(lambda q: q.log_prob(theta))(self.stacked)
-        return jax.nn.logsumexp(densities) - jnp.log(self.num_members)
+        return jax.nn.logsumexp(densities) - math.log(self.num_members)

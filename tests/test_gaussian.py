@@ -46,13 +46,62 @@ def test_natural_parameters_and_back_is_the_same_gaussian():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-14), back, q)
 
 
-def test_natural_parameters_keep_point_masses():
-    q = gaussian(precision=PRECISION | {"b": None})
-    natural = q.natural_parameters
-    np.testing.assert_array_equal(natural.linear["b"], q.mean["b"])
-    back = ivon_jax.Posterior.from_natural_parameters(natural)
-    assert back.precision["b"] is None
-    np.testing.assert_array_equal(back.mean["b"], q.mean["b"])
+NATURAL = {
+    "as they are": lambda a, _: a,
+    "a square": lambda a, _: jax.tree.map(jnp.add, a, a),
+    "a product": lambda a, b: jax.tree.map(jnp.add, a, b),
+    "a power": lambda a, _: jax.tree.map(lambda x: 0.3 * x, a),
+    "posteriors over priors": lambda a, b: jax.tree.map(
+        lambda x, y: x + x + x - 2.0 * y, a, b
+    ),
+    "field by field": lambda a, b: ivon_jax.NaturalParameters(
+        jax.tree.map(jnp.add, a.linear, b.linear),
+        jax.tree.map(jnp.add, a.quadratic, b.quadratic),
+    ),
+}
+
+
+@pytest.mark.parametrize("combine", NATURAL.values(), ids=NATURAL)
+def test_no_combination_of_natural_parameters_moves_a_point_mass(combine):
+    """Nor of frozen weights, in any dtype; what is no parameter stays None."""
+    mean = {
+        "w": jnp.ones(2),
+        "frozen": jnp.array([1.7, -3.1], jnp.bfloat16),
+        "bias": None,
+    }
+    precision = {"w": jnp.full(2, 8.0), "frozen": None, "bias": None}
+    q = ivon_jax.Posterior(mean, precision)
+    prior = q._replace(precision=precision | {"w": jnp.full(2, 2.0)})
+    natural = combine(q.natural_parameters, prior.natural_parameters)
+    for run in (lambda f: f, jax.jit):
+        back = run(ivon_jax.Posterior.from_natural_parameters)(natural)
+        assert back.precision["frozen"] is None
+        assert back.mean["bias"] is None
+        frozen = np.float64(mean["frozen"])
+        np.testing.assert_allclose(back.mean["frozen"], frozen, rtol=1e-6)
+        np.testing.assert_allclose(back.mean["w"], 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32, bool])
+def test_natural_parameters_keep_integers(dtype):
+    """Sums do not wrap: a uint8 of 200, twice."""
+    value = jnp.array([100, 0]).astype(dtype)
+    q = ivon_jax.Posterior({"n": value}, {"n": None})
+    product = jax.tree.map(jnp.add, q.natural_parameters, q.natural_parameters)
+    back = ivon_jax.Posterior.from_natural_parameters(product)
+    np.testing.assert_array_equal(back.mean["n"], value)
+
+
+def test_a_point_mass_that_was_taken_out_is_an_error():
+    natural = gaussian(precision={"w": None, "b": None}).natural_parameters
+    none = jax.tree.map(jnp.subtract, natural, natural)
+    message = "`natural.quadratic` must have point masses of positive weight, got 0.0"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ivon_jax.Posterior.from_natural_parameters(none)
+    natural = natural._replace(quadratic={"w": None, "b": None})
+    message = "`natural.quadratic` must be an array or an `ivon_jax.PointMass`, got N"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ivon_jax.Posterior.from_natural_parameters(natural)
 
 
 def test_more_taken_out_than_was_there_is_an_error():
@@ -152,6 +201,38 @@ def test_a_mask_that_does_not_fit_is_an_error(mask, error, message):
         gaussian().restricted(mask)
 
 
+@jax.tree_util.register_pytree_node_class
+class Layer:
+    """A pytree that can be called, as an Equinox module."""
+
+    def __init__(self, w, b):
+        self.w, self.b = w, b
+
+    def __call__(self, x):
+        return x @ self.w + self.b
+
+    def tree_flatten(self):
+        return (self.w, self.b), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_a_mask_that_can_be_called_is_a_tree_like_the_mean_all_the_same():
+    layer = Layer(jnp.ones((2, 2)), jnp.ones(2))
+    q = ivon_jax.Posterior.isotropic(layer, 4.0)
+    assert q.restricted(Layer(False, True)).precision.w is None
+    np.testing.assert_array_equal(q.restricted(Layer(False, True)).precision.b, 4.0)
+    nested = ivon_jax.Posterior.isotropic({"a": layer, "b": layer}, 4.0)
+    restricted = nested.restricted({"a": Layer(True, False), "b": False}).precision
+    assert restricted["a"].b is restricted["b"].w is None
+    of_mean = jax.tree_util.Partial(lambda on, _: Layer(on, False), True)
+    assert q.restricted(of_mean).precision.b is None
+    with pytest.raises(TypeError, match="`mask` must have leaves True or False, got"):
+        q.restricted(layer)
+
+
 POSTERIORS = {
     "gaussian": lambda: gaussian(),
     "point mass": lambda: gaussian(precision=PRECISION | {"b": None}),
@@ -185,13 +266,232 @@ def test_natural_parameters_may_be_numpys():
     np.testing.assert_allclose(q.precision, [2, 4])
 
 
-def test_the_divergence_of_close_gaussians_does_not_cancel():
-    """Half of the sum of r - log(1 + r), r = 1e-4, the precisions' relative gap."""
-    ones = jnp.ones(1000)
-    q, prior = (ivon_jax.Posterior(ones, p * ones) for p in (1.0, 1.0 + 1e-4))
-    gap = np.float64(np.float32(1 + 1e-4)) - 1
-    expected = 500 * (gap - np.log1p(gap))
-    np.testing.assert_allclose(q.kl_divergence(prior), expected, rtol=1e-2)
+def exact_divergence(m, s, m0, s0):
+    """In float64, r - log(1 + r) by its series where that cancels."""
+    m, s, m0, s0 = (np.float64(x) for x in (m, s, m0, s0))
+    r = (s0 - s) / s
+    small = np.abs(r) < 1e-3
+    series = r**2 / 2 - r**3 / 3 + r**4 / 4 - r**5 / 5
+    log = np.log(np.where(small, 1.0, s0)) - np.log(np.where(small, 1.0, s))
+    return 0.5 * np.sum(np.where(small, series, r - log) + s0 * (m - m0) ** 2)
+
+
+RATIOS = {
+    "far": np.logspace(-12, 12, 97),
+    "beyond": np.array([1e-33, 1e-30, 1e-20, 1e20, 1e30]),
+    "near": 1 + np.append(np.logspace(-6, 0, 97), -np.logspace(-6, -1e-3, 97)),
+}
+
+
+@pytest.mark.parametrize("ratios", RATIOS.values(), ids=RATIOS)
+def test_no_ratio_of_precisions_cancels_in_the_divergence(ratios):
+    """Entry by entry in float32, to 1e-5 of the value in float64."""
+    divergence = jax.jit(jax.vmap(lambda q, prior: q.kl_divergence(prior)))
+    for precision in np.float32([1e-3, 1.0, 7e5]):
+        prior = np.float32(precision * ratios)
+        q = np.full_like(prior, precision)
+        zero = np.zeros_like(q)
+        expected = [exact_divergence(0, *x) for x in zip(q, zero, prior, strict=True)]
+        actual = divergence(
+            ivon_jax.Posterior(zero, q), ivon_jax.Posterior(zero, prior)
+        )
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1e-30, 1e-22, 1e-7, 1.0, 1e7, 1e20])
+def test_no_shift_is_lost_in_the_divergence_or_the_density(shift):
+    """Between means far apart, or neighbours; squares alone would leave float32."""
+    precision = np.float32([1e-30, 1.0, 1e20])
+    mean = np.zeros(3, np.float32)
+    other = np.float32(mean + shift)
+    q, prior = (ivon_jax.Posterior(m, precision) for m in (mean, other))
+    expected = exact_divergence(mean, precision, other, precision)
+    if 1e-37 < expected < 1e38:
+        np.testing.assert_allclose(q.kl_divergence(prior), expected, rtol=1e-5)
+        density = q.log_prob(mean) - q.log_prob(other)
+        logs = np.abs(np.log(np.float64(precision) / (2 * np.pi))).sum()
+        np.testing.assert_allclose(density, expected, rtol=1e-5, atol=1e-6 * logs)
+
+
+def test_means_close_together_keep_their_distance():
+    """Neighbours in float32, 1e-7 apart, at 1e14 times the precision of that."""
+    mean = np.float32([1.0, -3.0, 1e4])
+    prior_mean = np.nextafter(mean, np.float32(0))
+    precision = np.full(3, 1e14, np.float32)
+    q, prior = (ivon_jax.Posterior(m, precision) for m in (mean, prior_mean))
+    expected = exact_divergence(mean, precision, prior_mean, precision)
+    np.testing.assert_allclose(q.kl_divergence(prior), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e-4, -1e-3, 0.1, -0.9, 1e6, 1e12])
+def test_entropy_and_density_do_not_cancel_where_they_are_nearly_zero(offset):
+    """Around the precisions 2 pi e and 2 pi, of entropy and log-density zero."""
+    for constant, value in (
+        (2 * np.pi * np.e, lambda q: -q.entropy()),
+        (2 * np.pi, lambda q: q.log_prob(q.mean)),
+    ):
+        precision = np.full(3, constant * (1 + offset), np.float32)
+        expected = 1.5 * np.log1p(np.float64(precision[0]) / constant - 1)
+        q = ivon_jax.Posterior(np.zeros(3, np.float32), precision)
+        np.testing.assert_allclose(value(q), expected, rtol=1e-5, atol=1e-14)
+
+
+def test_sums_over_many_entries_and_arrays_are_those_of_float64():
+    """Ten arrays with 1e7 entries; the same value everywhere, which rounds alike."""
+    x = np.full(10**6, 0.1, np.float32)
+    leaf = np.full(10**6, 0.7, np.float32)
+    q = ivon_jax.Posterior([x] * 10, [leaf] * 10)
+    prior = ivon_jax.Posterior([0 * x] * 10, [np.float32(1e-9) * leaf] * 10)
+    theta, p, p0 = (np.float64(a[0]) for a in (x, leaf, prior.precision[0]))
+    expected = {
+        "log_prob": 1e7 * 0.5 * (np.log(p / (2 * np.pi)) - p * theta**2),
+        "entropy": 1e7 * 0.5 * (1 - np.log(p / (2 * np.pi))),
+        "divergence": 1e7 * exact_divergence(theta, p, 0.0, p0),
+    }
+    actual = {
+        "log_prob": q.log_prob(prior.mean),
+        "entropy": q.entropy(),
+        "divergence": q.kl_divergence(prior),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.usefixtures("x64")
+def test_float32_parameters_work_with_x64_and_means_in_double_precision():
+    """Strictly promoted; what is in double precision is not rounded to single."""
+    q = gaussian(*jax.tree.map(np.float32, (MEAN, PRECISION)))
+    prior = gaussian()
+    assert q.kl_divergence(q).dtype == q.entropy().dtype == jnp.float32
+    expected = sum(
+        exact_divergence(np.float32(MEAN[k]), np.float32(PRECISION[k]), MEAN[k], p)
+        for k, p in PRECISION.items()
+    )
+    np.testing.assert_allclose(q.kl_divergence(prior), expected, rtol=1e-6)
+    mean = 1.0 + 1e-12 * jnp.arange(3.0)
+    mixed = ivon_jax.Posterior(mean, jnp.full(3, 1e24, jnp.float32))
+    theta = mixed.sample(jax.random.key(0))
+    assert theta.dtype == jnp.float64
+    np.testing.assert_allclose(theta - mean, 0, atol=1e-11)
+    assert np.all(theta != mean)
+    assert ivon_jax.Mixture([q, q]).log_prob(q.mean).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])
+def test_a_precision_in_few_bits_is_computed_with_in_float32(dtype):
+    precision = jnp.full(300, 3).astype(dtype)
+    q = ivon_jax.Posterior(jnp.ones(300), precision)
+    wide = ivon_jax.Posterior(jnp.ones(300), jnp.full(300, 3.0))
+    zeros = jnp.zeros(300)
+    assert q.log_prob(zeros) == wide.log_prob(zeros)
+    assert q.kl_divergence(wide) == 0.0
+    np.testing.assert_array_equal(q.variance, wide.variance)
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(q.sample(key), wide.sample(key))
+
+
+METHODS = {
+    "sample": lambda q: q.sample(jax.random.key(0)),
+    "log_prob": lambda q: q.log_prob(q.mean),
+    "entropy": lambda q: q.entropy(),
+    "kl_divergence": lambda q: q.kl_divergence(q),
+    "to another": lambda q: ivon_jax.Posterior.isotropic(q.mean, 1.0).kl_divergence(q),
+    "variance": lambda q: q.variance,
+    "stddev": lambda q: q.stddev,
+    "tempered": lambda q: q.tempered(2.0).variance,
+    "natural_parameters": lambda q: q.natural_parameters.linear,
+    "restricted": lambda q: q.restricted(True).variance,
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_a_precision_that_is_none_is_an_error(method, bad):
+    q = ivon_jax.Posterior({"w": jnp.ones(2)}, {"w": jnp.array([1.0, bad])})
+    message = f"`precision` must be non-negative and finite, got {bad} at precision['w"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        method(q)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"natural_parameters"}))
+@pytest.mark.parametrize("bad", [-1.0, np.nan])
+def test_a_precision_that_is_none_gives_nan_under_jit(method, bad):
+    """Nothing finite: not a negative variance, not the divergence of two of them."""
+    q = ivon_jax.Posterior(jnp.ones(2), jnp.array([1.0, bad]))
+    result = np.asarray(jax.jit(METHODS[method])(q))
+    assert np.isnan(result.ravel()[-1])
+
+
+def test_a_flat_gaussian_has_no_samples():
+    q = ivon_jax.Posterior(jnp.ones(2), jnp.array([1.0, 0.0]))
+    with pytest.raises(ValueError, match="`precision` must be positive to sample, got"):
+        q.sample(jax.random.key(0))
+    proper = ivon_jax.Posterior(jnp.ones(2), jnp.ones(2))
+    assert proper.kl_divergence(q) == np.inf
+    np.testing.assert_array_equal(q.variance, [1.0, np.inf])
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, bool, jnp.complex64])
+def test_only_real_numbers_are_gaussian(dtype):
+    q = ivon_jax.Posterior({"n": jnp.ones(2, dtype)}, {"n": jnp.ones(2)})
+    message = (
+        "`mean` must be real floating-point where `precision` is not None, got "
+        f"{jnp.dtype(dtype)} at mean['n']."
+    )
+    for run in (lambda f: f, jax.jit):
+        with pytest.raises(TypeError, match=re.escape(message)):
+            run(lambda q: q.sample(jax.random.key(0)))(q)
+    q = ivon_jax.Posterior(jnp.ones(2), jnp.ones(2, bool))
+    with pytest.raises(TypeError, match="`precision` must be real, got bool"):
+        q.entropy()
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "error", "message"),
+    [
+        (None, (), TypeError, "`key` must be a JAX random key, got None. Pass `jax"),
+        (0, (), TypeError, "`key` must be a JAX random key, got 0. Pass `jax"),
+        (1.5, (), TypeError, "`key` must be a JAX random key, got 1.5. Pass `jax"),
+        (
+            jnp.ones(2),
+            (),
+            TypeError,
+            "`key` must be one JAX random key, got float32 of",
+        ),
+        (
+            jax.random.split(jax.random.key(0)),
+            (),
+            TypeError,
+            "`key` must be one JAX random key, got key<fry> of shape (2,)",
+        ),
+        ("key", 5, TypeError, "`shape` must be a tuple of integers, got 5."),
+        ("key", None, TypeError, "`shape` must be a tuple of integers, got None."),
+        ("key", (2.0,), TypeError, "`shape` must be an integer, got 2.0"),
+        ("key", (-1,), ValueError, "`shape` must be at least 0, got -1"),
+    ],
+)
+@pytest.mark.parametrize("make", [lambda q: q, lambda q: ivon_jax.Mixture([q, q])])
+def test_a_sample_takes_a_key_and_a_shape(make, key, shape, error, message):
+    q = make(ivon_jax.Posterior(jnp.ones(2), jnp.ones(2)))
+    key = jax.random.key(0) if isinstance(key, str) else key
+    with pytest.raises(error, match=re.escape(message)):
+        q.sample(key, shape)
+
+
+def test_a_legacy_key_and_a_list_for_a_shape_are_fine():
+    q = ivon_jax.Posterior(jnp.ones(2), jnp.ones(2))
+    expected = q.sample(jax.random.key(3), (2, 1))
+    np.testing.assert_array_equal(q.sample(jax.random.PRNGKey(3), [2, 1]), expected)
+    assert q.sample(jax.random.key(3), (0, 3)).shape == (0, 3, 2)
+
+
+@pytest.mark.parametrize("make", [lambda q: q, lambda q: ivon_jax.Mixture([q, q])])
+def test_no_key_is_used_twice(make):
+    """By jax's own checker."""
+    q = make(gaussian(*jax.tree.map(np.float32, (MEAN, PRECISION))))
+    with jax.debug_key_reuse(True):
+        jax.jit(lambda key: q.sample(key, (3,)))(jax.random.key(0))
+        q.sample(jax.random.key(1))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from .gaussians import (
     one_state as one_state,
     posterior_to_sample as posterior_to_sample,
     precision_like_mean as precision_like_mean,
+    precisions as precisions,
     prior_precision as prior_precision,
     same_point_masses as same_point_masses,
     some_curvature as some_curvature,
@@ -52,12 +53,15 @@ from .scalars import (
     measured as measured,
     non_negative as non_negative,
     positive as positive,
+    random_key as random_key,
+    shape as shape,
 )
 from .trees import (
     batch_size as batch_size,
     divisible as divisible,
     floating_leaves as floating_leaves,
     floating_tree as floating_tree,
+    is_mask as is_mask,
     is_masked as is_masked,
     keep_like as keep_like,
     like as like,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .scalars import extremes, non_negative
+from .scalars import extremes, known, least_and_greatest, non_negative
 from .trees import is_masked, like, non_negative_array
 
 
@@ -82,7 +82,7 @@ def gaussian(name, value, posterior_type):
             f"`{name}` must be a Posterior, one Gaussian, got {type(value).__name__}. "
             f"Pass `ivon_jax.{name}(params, opt_state)`."
         )
-    precision_like_mean(value)
+    precisions(value)
 
 
 def precision_like_mean(q):
@@ -100,11 +100,46 @@ def precision_like_mean(q):
             f"{structure}."
         )
     for (path, mean), precision in zip(leaves, precisions, strict=True):
-        if precision is not None and jnp.shape(precision) != jnp.shape(mean):
+        if precision is not None:
+            _gaussian_array(jax.tree_util.keystr(path), mean, precision)
+
+
+def _gaussian_array(path, mean, precision):
+    """Reject a mean and a precision that no array of Gaussians has."""
+    if jnp.shape(precision) != jnp.shape(mean):
+        raise ValueError(
+            f"`precision` must have the shapes of `mean`, got {jnp.shape(precision)} "
+            f"at precision{path}, where `mean` has {jnp.shape(mean)}."
+        )
+    dtype = jnp.result_type(mean)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            "`mean` must be real floating-point where `precision` is not None, got "
+            f"{dtype} at mean{path}. A point mass has the precision None."
+        )
+    dtype = jnp.result_type(precision)
+    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"`precision` must be real, got {dtype} at precision{path}.")
+
+
+def precisions(q, positive=False):
+    """Reject a precision that is known not to be one: negative, infinite or NaN."""
+    precision_like_mean(q)
+    leaves = jax.tree_util.tree_leaves_with_path(q.precision)
+    named = [(path, jnp.asarray(x)) for path, x in leaves if jnp.size(x)]
+    ranges = known(_ranges, *(x for _, x in named)) or []
+    for (path, _), (low, high) in zip(named, ranges, strict=False):
+        where = f"precision{jax.tree_util.keystr(path)}"
+        if not 0 <= low <= high < np.inf:
+            bad = high if low >= 0 else low
             raise ValueError(
-                f"`precision` must have the shapes of `mean`, got "
-                f"{jnp.shape(precision)} at precision{jax.tree_util.keystr(path)}, "
-                f"where `mean` has {jnp.shape(mean)}."
+                f"`precision` must be non-negative and finite, got {bad} at {where}. "
+                "Did training diverge? A point mass has the precision None."
+            )
+        if positive and not low > 0:
+            raise ValueError(
+                f"`precision` must be positive to sample, got {low} at {where}: the "
+                "distribution is flat there."
             )
 
 
@@ -123,7 +158,11 @@ def same_point_masses(posterior, prior):
     )
 
 
-def natural_parameters(natural):
+def _ranges(*arrays):
+    return [least_and_greatest(x) for x in arrays]
+
+
+def natural_parameters(natural, point_mass_type):
     """Reject what is of no Gaussian: the quadratic ones are negative."""
     structure = jax.tree.structure(natural.linear)
     try:
@@ -135,11 +174,24 @@ def natural_parameters(natural):
             f"{structure}."
         ) from None
     for leaf in leaves:
-        _, high = (None if leaf is None else extremes(leaf)) or (-1, -1)
-        if not high < 0:
+        if leaf is None:
+            raise ValueError(
+                "`natural.quadratic` must be an array or an `ivon_jax.PointMass`, got "
+                "None. Take it from `Posterior.natural_parameters`."
+            )
+        if isinstance(leaf, point_mass_type):
+            low, high = extremes(jnp.asarray(leaf.weight)) or (1, 1)
+            if not 0 < low <= high < np.inf:
+                raise ValueError(
+                    "`natural.quadratic` must have point masses of positive weight, "
+                    f"got {low}. Was more taken out than was there?"
+                )
+            continue
+        low, high = extremes(jnp.asarray(leaf)) or (-1, -1)
+        if not -np.inf < low <= high < 0:
             raise ValueError(
                 "`natural.quadratic` must be negative, -1 / (2 variance), got "
-                f"{high}. Was more taken out than was there?"
+                f"{high if low > -np.inf else low}. Was more taken out than was there?"
             )
 
 

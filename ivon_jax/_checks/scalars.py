@@ -125,6 +125,36 @@ def has_key(key):
         )
 
 
+def random_key(name, value):
+    """Return one typed random key, made of a legacy one where that is given."""
+    if not isinstance(value, jax.Array):
+        raise TypeError(
+            f"`{name}` must be a JAX random key, got {value!r}. Pass "
+            "`jax.random.key(0)`."
+        )
+    if value.dtype == jnp.uint32 and value.ndim:
+        value = jax.random.wrap_key_data(value)
+    if not jnp.issubdtype(value.dtype, jax.dtypes.prng_key) or value.ndim:
+        raise TypeError(
+            f"`{name}` must be one JAX random key, got {value.dtype} of shape "
+            f"{value.shape}. Pass `jax.random.key(0)`; several go one by one, or under "
+            "`jax.vmap`."
+        )
+    return value
+
+
+def shape(name, value):
+    """Return a shape as a tuple."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(
+            f"`{name}` must be a tuple of integers, got {value!r}. For 5 draws, pass "
+            f"`{name}=(5,)`."
+        )
+    for size in value:
+        integer_between(f"{name}", size, 0)
+    return tuple(int(size) for size in value)
+
+
 def measured(name, value):
     """Return a number of `diagnostics.measure` as a Python float."""
     if isinstance(value, jax.core.Tracer):
@@ -145,7 +175,7 @@ def extremes(array):
 
     Both are NaN if any is. None of a tracer, of what other hosts hold, of no values.
     """
-    return known(_extremes, array) if array.size else None
+    return known(least_and_greatest, array) if array.size else None
 
 
 def known(fn, *arrays):
@@ -169,7 +199,7 @@ def known(fn, *arrays):
 
 
 @jax.jit
-def _extremes(x):
+def least_and_greatest(x):
     return jnp.min(x), jnp.max(x)
 
 

@@ -42,6 +42,20 @@ def like(name, tree, reference_name, reference):
     return tree
 
 
+def is_mask(mask, tree):
+    """Whether `mask` is a tree, not a function to call for one."""
+    structure = jax.tree.structure(mask)
+    if not callable(mask):
+        return True
+    if jax.tree_util.treedef_is_leaf(structure):
+        return False
+    try:
+        structure.flatten_up_to(tree)
+    except ValueError:
+        return False
+    return True
+
+
 def mask_of(name, mask, tree):
     """Return a tree of booleans like `tree` from one that may be a prefix of it."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask):

@@ -1,0 +1,49 @@
+"""Natural parameters, of which a point mass has some, too."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import _densities
+
+
+class PointMass(NamedTuple):
+    """A point mass in the `quadratic` of `NaturalParameters`, where that is infinite.
+
+    In a product its weight counts the factors, and its `linear` is their sum.
+    """
+
+    weight: jax.Array  # (), float32: one for a single Gaussian
+
+
+class NaturalParameters(NamedTuple):
+    r"""Natural parameters of a Gaussian; those of a product of Gaussians add up.
+
+    Of a point mass, too: its pair is the mean and a `PointMass` of weight one, in units
+    of an infinite precision.
+    """
+
+    linear: optax.Params  # m / sigma^2, shapes of the mean
+    quadratic: optax.Params  # -1 / (2 sigma^2), the same; a `PointMass` where infinite
+
+
+def summable(mean):
+    """The place of a point mass, in a dtype that holds sums of some."""
+    mean = jnp.asarray(mean)
+    if jnp.issubdtype(mean.dtype, jnp.floating):
+        [mean] = _densities.wide(mean)
+    elif jnp.issubdtype(mean.dtype, jnp.integer):
+        mean = mean.astype(jnp.int32) if mean.itemsize < 4 else mean
+    return mean
+
+
+def place(total, weight):
+    """The place of a point mass, from its natural parameters."""
+    total = jnp.asarray(total)
+    if jnp.issubdtype(total.dtype, jnp.floating):
+        return total / jnp.asarray(weight, total.dtype)
+    if jnp.issubdtype(total.dtype, jnp.integer):
+        return total // jnp.round(weight).astype(total.dtype)
+    return total
