@@ -1,6 +1,9 @@
 """A strict session: no implicit promotion, fixed seeds, double precision on demand."""
 
+import functools
+
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -10,6 +13,26 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(params=[0, 1, 2], ids="seed={}".format)
 def key(request):
     return jax.random.key(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nan_equals_nothing():
+    """To NumPy, and to Chex which asks it, NaN equals NaN: two wrong results agree."""
+
+    def strict(compare):
+        @functools.wraps(compare)
+        def without_nan(actual, desired, *args, **kwargs):
+            for array in map(np.asarray, (actual, desired)):
+                # NaN alone differs from itself, in any dtype.
+                assert np.all(array == array), f"NaN in {array}"
+            compare(actual, desired, *args, **kwargs)
+
+        return without_nan
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("assert_allclose", "assert_array_equal"):
+            patch.setattr(np.testing, name, strict(getattr(np.testing, name)))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

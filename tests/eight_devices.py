@@ -86,7 +86,7 @@ def difference(tree, reference):
     """The largest difference of two trees, relative to the largest entry of a leaf."""
     pairs = zip(*map(jax.tree.leaves, (tree, reference)), strict=True)
     pairs = [(np.asarray(x, "f8"), np.asarray(y, "f8")) for x, y in pairs]
-    return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in pairs)
+    return float(np.max([np.abs(x - y).max() / np.abs(y).max() for x, y in pairs]))
 
 
 def double_precision(fn):
@@ -163,9 +163,11 @@ def one_device():
         "Auto": difference(sharded(AxisType.Auto, True), expected),
         "Explicit": difference(sharded(AxisType.Explicit, True), expected),
         "unchecked": difference(sharded(AxisType.Auto, False), expected),
-        "pmap": max(
-            difference(jax.tree.map(lambda x, j=j: x[j], replicas), expected)
-            for j in range(DEVICES)
+        "pmap": np.max(
+            [
+                difference(jax.tree.map(lambda x, j=j: x[j], replicas), expected)
+                for j in range(DEVICES)
+            ]
         ),
         "between parts": difference(parts[0], parts[1]),
     }
@@ -383,8 +385,8 @@ def _theta_on_meshes(options):
             with jax.set_mesh(mesh):
                 drawn = theta(*(place(mesh, x, SPECS) for x in (PARAMS, curvature)))
             name = "{}, {}x{}".format(kind, *shape)
-            found[name] = max(
-                last_places(k, x) for k, x in jax.device_get(drawn).items()
+            found[name] = np.max(
+                [last_places(k, x) for k, x in jax.device_get(drawn).items()]
             )
     return found
 

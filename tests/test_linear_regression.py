@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from sklearn.datasets import load_diabetes
+from statistical import assert_at_most
 
 import ivon_jax
 
@@ -76,15 +77,13 @@ def test_mean_and_precision_are_those_of_the_exact_posterior(key):
     """The mean to a tenth of the posterior's stddev, Hessians to 5 standard errors."""
     q, average_hess = train(key, jnp.float32, hess_init=3.0)
     exact_stddev = (N * (EXACT_HESS + WEIGHT_DECAY)) ** -0.5
-    np.testing.assert_array_less(np.abs(q.mean - EXACT_MEAN), 0.1 * exact_stddev)
+    assert_at_most(np.abs(q.mean - EXACT_MEAN), 0.1 * exact_stddev)
     error_of_average = np.sqrt(estimate_variance() / (STEPS / 2))
-    np.testing.assert_array_less(
-        np.abs(average_hess - EXACT_HESS), 5 * error_of_average
-    )
+    assert_at_most(np.abs(average_hess - EXACT_HESS), 5 * error_of_average)
     # A moving average of decay rate b2 has (1 - b2) / (1 + b2) of the variance.
     error_of_last = np.sqrt((1 - B2) / (1 + B2) * estimate_variance())
     last_hess = q.precision / N - WEIGHT_DECAY
-    np.testing.assert_array_less(np.abs(last_hess - EXACT_HESS), 5 * error_of_last)
+    assert_at_most(np.abs(last_hess - EXACT_HESS), 5 * error_of_last)
 
 
 def test_the_hessian_reaches_the_truth_with_bfloat16_parameters(key):

@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import serialization
 from scipy import stats
+from statistical import assert_at_most, assert_mean
 
 import ivon_jax
 
@@ -36,10 +37,10 @@ def test_samples_have_the_moments_of_the_mixture(form, key):
     draws = np.asarray(ivon_jax.Mixture(form).sample(key, (4000,)))
     variance = (STDDEVS**2 + MEANS**2).mean(0) - MEANS.mean(0) ** 2
     error = np.sqrt(variance / 4000)
-    np.testing.assert_array_less(np.abs(draws.mean(0) - MEANS.mean(0)), 5 * error)
+    assert_at_most(np.abs(draws.mean(0) - MEANS.mean(0)), 5 * error)
     fourth = np.mean((draws - MEANS.mean(0)) ** 4, axis=0)
     error = np.sqrt((fourth - variance**2) / 4000)
-    np.testing.assert_array_less(np.abs(draws.var(0) - variance), 5 * error)
+    assert_at_most(np.abs(draws.var(0) - variance), 5 * error)
 
 
 def test_prediction_draws_as_often_from_each_member():
@@ -60,9 +61,7 @@ def test_means_are_unbiased_where_the_samples_do_not_divide(num_samples, key):
     counts = np.stack([np.sum(drawn == i, axis=1) for i in range(3)], axis=1)
     assert np.all(counts >= num_samples // 3)
     assert np.all(counts <= -(-num_samples // 3))
-    error = counts.std(0) / np.sqrt(3000)
-    deviation = np.abs(counts.mean(0) - num_samples / 3)
-    np.testing.assert_array_less(deviation, 5 * error + 1e-9)
+    assert_mean(counts, num_samples / 3)
 
 
 def test_members_train_as_one_vmapped_program(key):
