@@ -16,11 +16,14 @@ from ._mixture import Mixture as Mixture
 from ._natural import NaturalParameters as NaturalParameters, PointMass as PointMass
 from ._objective import evidence_lower_bound as evidence_lower_bound
 from ._posterior import (
+    SampledState as SampledState,
     find_states as find_states,
+    mean as mean,
     posterior as posterior,
     prior as prior,
     sample as sample,
 )
+from ._sampled import sampled as sampled
 from ._transform import (
     Estimate as Estimate,
     IVONState as IVONState,

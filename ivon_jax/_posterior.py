@@ -1,5 +1,7 @@
 """Read the Gaussian out of an optimizer state, wherever IVON sits in it."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,8 +11,54 @@ from ._gaussian import Posterior
 from ._transform import IVONState, weight_decays
 
 
+class SampledState(NamedTuple):
+    """What `sampled` remembers: the trainer's parameters are the sample."""
+
+    count: jax.Array  # (), int32: t, steps taken; at 0 the parameters are the mean
+    key: jax.Array  # raw data of the random key, uint32; each draw folds in its count
+    mean: optax.Params  # shapes of params, float32 or wider: m
+    inner_state: optax.OptState  # of the transformation with IVON in it
+
+
+def mean(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
+    """Return the posterior mean, where to evaluate a network without samples.
+
+    It is `params` itself, unless `sampled` made these a sample: then the mean is in the
+    state. The counterpart of `optax.contrib.schedule_free_eval_params`.
+
+    >>> import ivon_jax
+    >>> tx = ivon_jax.sampled(ivon_jax.ivon(0.1, ess=1000), jax.random.key(0))
+    >>> params, grads = jnp.ones(2), jnp.zeros(2)
+    >>> updates, opt_state = tx.update(grads, tx.init(params), params)
+    >>> theta = optax.apply_updates(params, updates)
+    >>> print(mean(theta, opt_state).round(2))
+    [1. 1.]
+
+    Args:
+      params: the trainer's parameters.
+      opt_state: any optax state, found by type as in `posterior`.
+
+    Returns:
+      A tree with the structure and shapes of `params`. What a `sampled` owns is float32
+      or wider, the others are as they are.
+
+    Raises:
+      ValueError: `params` is not the tree that the state was made for.
+    """
+    states = _nodes(opt_state, SampledState)
+
+    def owned(state):
+        _checks.like("params", params, "the optimizer's state", state.mean)
+        return _unmasked(state.mean, params)
+
+    means = jax.tree.map(_checks.one_owner, params, *map(owned, states))
+    return jax.tree.map(lambda p, m: p if m is None else m, params, means)
+
+
 def posterior(params: optax.Params, opt_state: optax.OptState) -> Posterior:
     """Return the Gaussian that IVON has trained: mean `params`, precision of the state.
+
+    Where `sampled` made `params` a sample, the mean is that of the state, as in `mean`.
 
     >>> import ivon_jax
     >>> params = {"w": jnp.ones(2), "b": jnp.zeros(())}
@@ -33,7 +81,8 @@ def posterior(params: optax.Params, opt_state: optax.OptState) -> Posterior:
       ValueError: no IVON state is in `opt_state`, two own the same parameter, or
         `params` is not the tree that the state was made for.
     """
-    return Posterior(params, _merged(params, opt_state, _precision))
+    precision = _merged(params, opt_state, _precision)
+    return Posterior(mean(params, opt_state), precision)
 
 
 def prior(params: optax.Params, opt_state: optax.OptState) -> Posterior:
@@ -61,8 +110,9 @@ def prior(params: optax.Params, opt_state: optax.OptState) -> Posterior:
     Raises:
       ValueError: as `posterior`.
     """
+    params = mean(params, opt_state)
     means = _merged(params, opt_state, _prior_mean)
-    means = jax.tree.map(lambda p, mean: p if mean is None else mean, params, means)
+    means = jax.tree.map(lambda p, m: p if m is None else m, params, means)
     return Posterior(means, _merged(params, opt_state, _prior_precision))
 
 
@@ -78,7 +128,7 @@ def sample(
 
     Args:
       key: a JAX random key, a fresh one at every step.
-      params: the posterior mean.
+      params: the posterior mean, or a sample where `sampled` made it one.
       opt_state: any optax state with IVON in it; see `posterior`.
 
     Returns:
@@ -88,7 +138,8 @@ def sample(
     Raises:
       ValueError: as `posterior`.
     """
-    return posterior(params, opt_state).sample(key)
+    theta = posterior(params, opt_state).sample(key)
+    return jax.tree.map(lambda x, p: x.astype(jnp.result_type(p)), theta, params)
 
 
 def find_states(opt_state: optax.OptState) -> list[IVONState]:
@@ -102,12 +153,25 @@ def find_states(opt_state: optax.OptState) -> list[IVONState]:
     >>> print(state.hess)
     [1. 1.]
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_ivon)
-    return [node for node in nodes if _is_ivon(node)]
+    return _nodes(opt_state, IVONState)
 
 
-def _is_ivon(node):
-    return isinstance(node, IVONState)
+def _nodes(opt_state, cls):
+    """Every `cls` inside `opt_state`."""
+
+    def found(node):
+        return isinstance(node, cls)
+
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=found) if found(x)]
+
+
+def _unmasked(tree, params):
+    """`tree` with None in the place of each parameter that it leaves out."""
+
+    def value(x, param):
+        return jax.tree.map(lambda _: None, param) if _checks.is_masked(x) else x
+
+    return jax.tree.map(value, tree, params, is_leaf=_checks.is_masked)
 
 
 def _merged(params, opt_state, values):
@@ -118,11 +182,7 @@ def _merged(params, opt_state, values):
     def owned(state):
         _checks.one_state(state)
         _checks.like("params", params, "the optimizer's state", state.hess)
-
-        def value(x, param):
-            return jax.tree.map(lambda _: None, param) if _checks.is_masked(x) else x
-
-        return jax.tree.map(value, values(state), params, is_leaf=_checks.is_masked)
+        return _unmasked(values(state), params)
 
     return jax.tree.map(_checks.one_owner, params, *map(owned, states))
 

@@ -188,8 +188,8 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior):
         )
 
     def update(grads, state, params=None, *, sample=None, hess=None, **extra_args):
-        del extra_args
-        estimate = _estimate(grads, state, params, sample, hess)
+        at_mean = extra_args.get("at_mean")  # of `sampled` alone
+        estimate = _estimate(grads, state, params, sample, hess, at_mean)
         count = optax.safe_increment(state.count)
         state = state._replace(
             count=count,
@@ -259,7 +259,7 @@ def _distance(params, prior):
     return jax.tree.map(lambda p, m: p.astype(m.dtype) - m, params, prior.mean)
 
 
-def _estimate(grads, state, params, sample, hess):
+def _estimate(grads, state, params, sample, hess, at_mean=None):
     """Gradient and Hessian estimate, from whichever way `update` was told them."""
     _checks.has_params(params)
     _checks.like("params", params, "the optimizer's state", state.hess)
@@ -269,7 +269,10 @@ def _estimate(grads, state, params, sample, hess):
     grads = _checks.like("grads", grads, "`params`", params)
     if sample is not None:
         sample = _checks.like("sample", sample, "`params`", params)
-        return Estimate(grads, _hess_estimate(grads, sample, params, state))
+        hess = _hess_estimate(grads, sample, params, state)
+        if at_mean is not None:  # a gradient there tells nothing of h: it stays
+            hess = jax.tree.map(lambda *x: jnp.where(at_mean, *x), state.hess, hess)
+        return Estimate(grads, hess)
     return Estimate(grads, _checks.like("hess", hess, "`params`", params))
 
 

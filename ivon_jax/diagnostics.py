@@ -66,7 +66,7 @@ import jax.numpy as jnp
 import optax
 
 from . import _checks, _measure
-from ._posterior import find_states, posterior, prior
+from ._posterior import find_states, mean, posterior, prior
 
 DIVERGED = (
     "Training diverged, there are NaNs or infinities: lower the learning rate or warm "
@@ -214,7 +214,7 @@ def measure(
     8.0 0.9
 
     Args:
-      params: the posterior mean.
+      params: the posterior mean, or a sample where `sampled` made it one.
       opt_state: any optax state with IVON in it. If it has several that differ in what
         follows, pass them one by one: ``opt_state.inner_states["label"]``.
       hess_init: as given to `ivon`, as are `b2`, `b1` and `clip_radius`: the state
@@ -236,6 +236,7 @@ def measure(
     b2 = _number(_checks.decay_rate("b2", b2))
     if num_steps is not None:
         _checks.integer_between("num_steps", num_steps, 1)
+    params = mean(params, opt_state)
     q, p = posterior(params, opt_state), prior(params, opt_state)
     arrays = [
         x for s in find_states(opt_state) for x in _measure.trained_arrays(params, s)

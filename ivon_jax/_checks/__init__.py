@@ -21,12 +21,14 @@ from .gaussians import (
     curvature as curvature,
     gaussian as gaussian,
     has_params as has_params,
+    inside_sampled as inside_sampled,
     members as members,
     natural_parameters as natural_parameters,
     one_curvature as one_curvature,
     one_owner as one_owner,
     one_prior as one_prior,
     one_state as one_state,
+    params_of_sampled as params_of_sampled,
     posterior_to_sample as posterior_to_sample,
     precision_like_mean as precision_like_mean,
     precisions as precisions,
@@ -36,6 +38,7 @@ from .gaussians import (
     some_entries as some_entries,
     some_precision as some_precision,
     some_state as some_state,
+    transformation as transformation,
 )
 from .scalars import (
     axis_index as axis_index,
