@@ -1,0 +1,270 @@
+"""Break the package in one place at a time, and see that a test notices.
+
+``make mutants`` does it, or ``python tests/mutants.py _rules gaussian.entropy`` for a
+part. Each mutant is a copy of the package with one expression changed: what a function
+returns is NaN, negated or doubled; of a sum or product one operand is lost, or it is a
+difference or quotient; a step that replaces a value by a function of it is left out.
+The exit status is 1 if one survives, or if `EQUIVALENT` has one that is not there.
+"""
+
+import argparse
+import ast
+import functools
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import types
+import zlib
+from pathlib import Path
+
+import chex  # noqa: F401, here once, not in each process
+import jax
+import jax.numpy as jnp
+import optax  # noqa: F401
+import pytest
+
+TESTS = {  # for each module the files that must notice; its doctests come first
+    "_rules": ["rules", "reference"],
+    "_mean": ["gradients", "predictive"],
+    "_gradients": ["gradients", "contract", "parallel"],
+    "_transform": ["reference", "transform", "prior", "posterior"],
+    "_gaussian": ["gaussian", "posterior"],
+    "_densities": ["gaussian", "posterior"],
+    "_natural": ["gaussian"],
+    "_mixture": ["mixture"],
+    "_noise": ["noise"],
+    "metrics": ["metrics"],
+    "_jacobian": ["sensitivity", "predictive"],
+    "sensitivity": ["sensitivity"],
+    "merging": ["merging"],
+    "pruning": ["pruning"],
+    "predictive": ["predictive", "mixture"],
+    "_objective": ["objective"],
+}
+EVERY_KIND = "_rules.", "_gradients._re", "_gradients._sq", "_gradients._ga"
+EQUIVALENT = {}  # name of a mutant: why no test can notice it
+SECONDS = 600  # a mutant that takes longer hangs
+SWAPPED = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Pow: "*"}
+
+
+def mutants_of(module, source):
+    """Return the mutants' sources by name, ``module.function: before -> after``."""
+    code = source.encode()  # as the parser counts columns
+    starts = [0]
+    for line in code.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def span(node):
+        start, end = starts[node.lineno - 1], starts[node.end_lineno - 1]
+        return start + node.col_offset, end + node.end_col_offset
+
+    def text(node):
+        return code[slice(*span(node))].decode()
+
+    found = {}
+    for function, node in _nodes(ast.parse(source), module):
+        for label, after in _changes(function, node, text):
+            start, end = span(node)
+            name = " ".join(f"{function}: {text(node)} -> {label}".split())
+            found[name] = (code[:start] + after.encode() + code[end:]).decode()
+    return found
+
+
+def _nodes(node, name):
+    """All nodes below with the names of the functions that they stand in."""
+    for child in ast.iter_child_nodes(node):
+        named = isinstance(child, ast.FunctionDef | ast.ClassDef)
+        inside = f"{name}.{child.name}" if named else name
+        yield inside, child
+        yield from _nodes(child, inside)
+
+
+def _changes(function, node, text):
+    """Labels of `node`'s mutants, and what stands in its place there."""
+    match node:
+        case ast.Return(value=value) if not isinstance(value, ast.Constant | None):
+            call = "return __import__('mutants').changed('{}', ({}))"
+            kinds = [(by, call.format(by, text(value))) for by in ("nan", "-1", "2")]
+            if function.startswith(EVERY_KIND):
+                return kinds
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in SWAPPED:
+            if any(isinstance(x, ast.JoinedStr | ast.List) for x in (left, right)):
+                return []
+            left, right = text(left), text(right)
+            swapped = f"({left}) {SWAPPED[type(op)]} ({right})"
+            kinds = [(x, f"({x})") for x in (left, right, swapped)]
+        case ast.Assign(targets=[ast.Name(id=target)], value=ast.Call() as call):
+            own = any(isinstance(x, ast.Name) and x.id == target for x in call.args)
+            kinds = [("pass", "pass")] if own and "_checks." not in text(call) else []
+        case _:
+            return []
+    if not kinds:
+        return []
+    return [kinds[zlib.crc32(text(node).encode()) % len(kinds)]]
+
+
+def changed(by, value):
+    """`value` with its floats times `by`, and all else that counts changed as well."""
+    if isinstance(value, types.GeneratorType):
+        value = tuple(value)
+    return jax.tree.map(functools.partial(_changed, float(by)), value)
+
+
+def _changed(by, x):
+    if callable(x) and not isinstance(x, type):
+        return lambda *args, **options: changed(by, x(*args, **options))
+    if not isinstance(x, int | float) and not hasattr(x, "dtype"):
+        return x
+    dtype = jnp.result_type(x)
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return x == jnp.zeros_like(x)
+    return x * by if jnp.issubdtype(dtype, jnp.inexact) else x + x
+
+
+class Quickest:
+    """A pytest plugin: one seed, quick tests first; keeps times, and who failed."""
+
+    def __init__(self, seconds):
+        self.seconds, self.failed = seconds, None
+
+    def pytest_configure(self):
+        """No search for the simplest of failing examples."""
+        import hypothesis
+
+        phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+        hypothesis.settings.register_profile("mutants", phases=phases)
+        hypothesis.settings.load_profile("mutants")
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [
+            x for x in items if "seed=1" not in x.name and "seed=2" not in x.name
+        ]
+        files = list(dict.fromkeys(x.path for x in items))
+        items.sort(key=lambda x: (files.index(x.path), self.seconds.get(x.nodeid, 0.0)))
+
+    def pytest_runtest_logreport(self, report):
+        before = self.seconds.get(report.nodeid, 0.0)
+        self.seconds[report.nodeid] = before + report.duration
+        if report.failed:
+            self.failed = self.failed or report.nodeid
+
+
+def run(folder, files, seconds):
+    """Return the test that fails in a process of its own, or None; keep the times."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(SECONDS)
+            os.chdir(folder)
+            with open("log", "w") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            _report(files, seconds, writing)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    if not answer:
+        return f"its end: {Path(folder, 'log').read_text()[-500:]}", seconds
+    failed, seconds = ast.literal_eval(answer)
+    return failed, seconds
+
+
+def _report(files, seconds, writing):
+    """Run pytest and send ``(failed test or None, times)``."""
+    sys.path.insert(0, os.getcwd())
+    plugin = Quickest(seconds)
+    options = ["-x", "-q", "-p", "no:cacheprovider"]
+    status = int(pytest.main([*options, *files], plugins=[plugin]))
+    failed = plugin.failed or (f"pytest's status {status}" if status else None)
+    with os.fdopen(writing, "w") as pipe:
+        pipe.write(repr((failed, plugin.seconds)))
+
+
+def survivors(root, tests, only=("",), every=1):
+    """Print a row for each mutant; return the names of those that no test noticed."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy")
+        _copy(root, copy)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(folder, "programs"))
+        for module, names in tests.items():
+            path = copy / "ivon_jax" / f"{module}.py"
+            source = path.read_text()
+            chosen = [
+                (name, text)
+                for name, text in list(mutants_of(module, source).items())[::every]
+                if name not in EQUIVALENT and name.startswith(tuple(only))
+            ]
+            if not chosen:
+                continue
+            files = [f"ivon_jax/{path.name}", *(f"tests/test_{x}.py" for x in names)]
+            failed, seconds = run(copy, files, {})
+            if failed:
+                raise SystemExit(f"{module}: {failed} fails without a mutant.")
+            for number, (name, text) in enumerate(chosen, 1):
+                path.write_text(text)
+                start = time.monotonic()
+                killer, _ = run(copy, files, seconds)
+                print(
+                    f"| {number}/{len(chosen)} {name} | {killer or 'SURVIVES'} | "
+                    f"{time.monotonic() - start:.1f} |",
+                    flush=True,
+                )
+                found += [] if killer else [name]
+            path.write_text(source)
+    return found
+
+
+def _copy(root, copy):
+    """What the tests of the package need, and no more."""
+    for name in ("ivon_jax", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(root, name), copy / name, ignore=ignored)
+    for name in ("pyproject.toml", "examples", "benchmarks"):
+        if Path(root, name).exists():
+            (copy / name).symlink_to(Path(root, name).resolve())
+
+
+def unknown(root, tests):
+    """The names in `EQUIVALENT` that the source no longer has."""
+    names = set()
+    for module in tests:
+        source = Path(root, "ivon_jax", f"{module}.py").read_text()
+        names |= mutants_of(module, source).keys()
+    return sorted(EQUIVALENT.keys() - names)
+
+
+def main():
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("only", nargs="*", help="begin of the mutants' names")
+    parser.add_argument("--every", type=int, default=1, help="take one of so many")
+    parser.add_argument("--list", action="store_true", help="print their names alone")
+    args = parser.parse_args()
+    root = Path(__file__).parents[1]
+    stale = unknown(root, TESTS)
+    for name in stale:
+        print(f"EQUIVALENT has an unknown mutant: {name}")
+    if args.list:
+        for module in TESTS:
+            source = (root / "ivon_jax" / f"{module}.py").read_text()
+            print(*mutants_of(module, source), sep="\n")
+        return
+    print("| mutant | killed by | seconds |\n|---|---|---|")
+    found = survivors(root, TESTS, args.only or [""], args.every)
+    print(f"\n{len(found)} survive.", *found, sep="\n")
+    raise SystemExit(bool(found or stale))
+
+
+if __name__ == "__main__":
+    main()

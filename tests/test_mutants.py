@@ -1,0 +1,90 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import mutants
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PLANTED = """
+def noticed(x):
+    return float(x)
+
+def unnoticed(x):
+    return float(x)
+"""
+TEST = """
+from ivon_jax import planted
+
+def test_noticed():
+    assert planted.noticed(2.0) == 2.0
+
+def test_unnoticed():
+    assert planted.unnoticed(2.0)
+"""
+RUN = """
+import pathlib, sys, mutants
+tests = {"planted": ["planted"]}
+print("SURVIVORS", mutants.survivors(pathlib.Path(sys.argv[1]), tests))
+"""
+
+
+def test_a_planted_mutant_is_found_where_a_test_cannot_fail(tmp_path):
+    """And killed where one can."""
+    for name, text in {
+        "ivon_jax/__init__.py": "",
+        "ivon_jax/planted.py": PLANTED,
+        "tests/test_planted.py": TEST,
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "tests",
+    )
+    assert done.returncode == 0, done.stderr
+    rows, survivors = done.stdout.split("SURVIVORS")
+    assert survivors.count("planted.unnoticed: ") == rows.count("SURVIVES") == 1
+    assert "planted.noticed" not in survivors
+    assert rows.count("test_planted.py::test_noticed") == 1
+
+
+@pytest.mark.parametrize("module", mutants.TESTS)
+def test_every_module_has_mutants_that_compile(module):
+    source = (ROOT / "ivon_jax" / f"{module}.py").read_text()
+    found = mutants.mutants_of(module, source)
+    assert len(found) > 1
+    assert source not in found.values()
+    for mutant in found.values():
+        ast.parse(mutant)
+    for name in mutants.TESTS[module]:
+        assert (ROOT / "tests" / f"test_{name}.py").exists()
+
+
+def test_what_no_test_can_notice_is_in_the_source():
+    assert mutants.unknown(ROOT, mutants.TESTS) == []
+    assert all(mutants.EQUIVALENT.values())
+
+
+def test_each_rule_is_nan_negated_doubled_and_loses_a_term():
+    source = "def f(x):\n    y = x + 1\n    return 2 * y\n"
+    found = mutants.mutants_of("_rules", source)
+    labels = [name.split(" -> ")[1] for name in found]
+    assert labels[1:4] == ["nan", "-1", "2"]
+    assert len(labels) == 5
+
+
+def test_all_that_counts_is_changed():
+    value = {"a": 3.0, "b": jnp.ones(2, jnp.bfloat16), "c": [2, True], "d": None}
+    result = mutants.changed("-1", value)
+    assert result["a"] == -3.0
+    np.testing.assert_array_equal(result["b"], -value["b"])
+    assert result["b"].dtype == jnp.bfloat16
+    assert result["c"] == [4, False]
+    assert mutants.changed("2", lambda x: x)(3.0) == 6.0
+    assert np.isnan(mutants.changed("nan", (x for x in [1.0]))[0])
