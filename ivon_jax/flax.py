@@ -1,5 +1,6 @@
 """IVON in Flax: a linen `TrainState` that samples, and NNX models drawn from q."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -7,7 +8,7 @@ import optax
 from flax import nnx
 from flax.training import train_state
 
-from . import _posterior
+from . import _checks, _gradients, _posterior
 from ._transform import Estimate
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -92,7 +93,7 @@ def sample(key: jax.Array, model: Model, optimizer: nnx.Optimizer) -> Model:
 
     Args:
       key: a JAX random key, a fresh one at every step.
-      model: any NNX module; it stays the posterior mean.
+      model: any NNX module; it stays as it is.
       optimizer: made for `model`, with IVON anywhere in its transformation. Only the
         variables of its ``wrt`` are drawn.
 
@@ -107,6 +108,125 @@ def sample(key: jax.Array, model: Model, optimizer: nnx.Optimizer) -> Model:
     graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
     opt_state = arrays(optimizer.opt_state)
     return nnx.merge(graphdef, _posterior.sample(key, arrays(params), opt_state), rest)
+
+
+def mean(model: Model, optimizer: nnx.Optimizer) -> Model:
+    """Return `model` at the posterior mean: where to evaluate without samples.
+
+    It differs from `model` where `ivon_jax.sampled` makes its parameters a sample:
+
+    >>> import ivon_jax.flax
+    >>> import jax.numpy as jnp
+    >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    >>> tx = ivon_jax.sampled(ivon_jax.ivon(0.1, ess=1000), jax.random.key(0))
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    >>> @nnx.jit
+    ... def train_step(model, optimizer):  # a trainer that knows nothing of IVON
+    ...     grads = nnx.grad(lambda model: model(jnp.ones(3)).sum())(model)
+    ...     optimizer.update(model, grads)
+    >>> train_step(model, optimizer)
+    >>> evaluate_here = ivon_jax.flax.mean(model, optimizer)
+
+    Args:
+      model: any NNX module.
+      optimizer: made for `model`.
+
+    Returns:
+      A model of the same kind. Its other variables are `model`'s own, as in `sample`;
+      the mean of parameters with few bits is float32.
+    """
+    graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
+    params = _posterior.mean(arrays(params), arrays(optimizer.opt_state))
+    return nnx.merge(graphdef, params, rest)
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any], wrt: Any = nnx.Param, **options: Any
+) -> Callable[..., tuple[Any, Estimate]]:
+    """Estimate value, gradient and Hessian diagonal of an NNX loss over the posterior.
+
+    This is `ivon_jax.value_and_grad` for models: with several samples, micro-batches,
+    bfloat16, replicas. In a training step under ``nnx.jit``:
+
+    >>> import ivon_jax.flax
+    >>> import jax.numpy as jnp
+    >>> def loss_fn(model, x):
+    ...     return jnp.mean(model(x) ** 2)
+    >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    >>> optimizer = nnx.Optimizer(model, ivon_jax.ivon(0.1, ess=1000), wrt=nnx.Param)
+    >>> grad_fn = ivon_jax.flax.value_and_grad(loss_fn, mc_samples=2, microbatches=2)
+    >>> @nnx.jit
+    ... def train_step(key, model, optimizer, x):
+    ...     loss, estimate = grad_fn(key, model, optimizer, x)
+    ...     optimizer.update(model, estimate.grad, hess=estimate.hess)
+    ...     return loss
+    >>> loss = train_step(jax.random.key(0), model, optimizer, jnp.ones((8, 3)))
+
+    Args:
+      loss_fn: ``loss_fn(model, *args)``, the *mean* loss per example, a scalar; with
+        ``has_aux=True`` a pair of it and any pytree.
+      wrt: the filter of the variables to draw and to differentiate by, that of the
+        optimizer.
+      **options: those of `ivon_jax.value_and_grad`: `has_aux`, `mc_samples`,
+        `microbatches`, `grad_transform`, `compute_dtype`, ...
+
+    Returns:
+      A function ``(key, model, optimizer, *args) -> value, Estimate``. The parameters
+      of `model` stay as they are. Its other variables change once, as in a plain step,
+      however many draws there are: each draw starts from the old ones, floating-point
+      variables that `loss_fn` changes (batch statistics) become their mean over the
+      draws, and of others (the counts of random streams) the last draw's stay. Each
+      draw has random keys, so dropout masks, of its own. Variables that `loss_fn`
+      creates, such as sown intermediates, are not kept: return them as aux.
+
+    Raises:
+      TypeError, ValueError: as `ivon_jax.value_and_grad`; `wrt` is not the optimizer's.
+    """
+    has_aux = options.pop("has_aux", False)
+
+    def estimate(key, model, optimizer, *args):
+        of_optimizer = nnx.state(model, optimizer.wrt)
+        graphdef, params, keys, rest = nnx.split(model, wrt, nnx.RngKey, ...)
+        _checks.same_filter(params, of_optimizer, wrt, optimizer.wrt)
+
+        def loss_of_draw(theta, keys, *args):
+            draw = nnx.merge(graphdef, theta, keys, rest, copy=True)
+            value = loss_fn(draw, *args)
+            _checks.scalar_loss(value, has_aux)
+            loss, aux = value if has_aux else (value, None)
+            return loss, (aux, _changed(rest, nnx.split(draw, wrt, nnx.RngKey, ...)[3]))
+
+        grad_fn = _gradients.value_and_grad(loss_of_draw, has_aux=True, **options)
+        opt_state = arrays(optimizer.opt_state)
+        outputs = grad_fn(key, arrays(params), opt_state, arrays(keys), *args)
+        (loss, (aux, changed)), (grad, hess) = outputs
+        nnx.update(model, nnx.from_flat_state(_by_path(rest, changed)))
+        result = Estimate(_in_variables(params, grad), hess)
+        return ((loss, aux) if has_aux else loss), result
+
+    return estimate
+
+
+def _in_variables(params, grad):
+    """`grad` as `nnx.grad` returns it, which the optimizer filters by its `wrt`."""
+
+    def is_variable(node):
+        return isinstance(node, nnx.Variable)
+
+    return jax.tree.map(lambda p, g: p.replace(g), params, grad, is_leaf=is_variable)
+
+
+def _changed(before, after):
+    """The arrays that a forward pass has written, by their number in `before`."""
+    after = dict(nnx.to_flat_state(arrays(after)))
+    flat = enumerate(nnx.to_flat_state(arrays(before)))
+    return {i: after[path] for i, (path, x) in flat if after[path] is not x}
+
+
+def _by_path(state, arrays_by_number):
+    """`arrays_by_number` with the paths of `state`."""
+    paths = [path for path, _ in nnx.to_flat_state(state)]
+    return {paths[i]: x for i, x in arrays_by_number.items()}
 
 
 def posterior(model: nnx.Module, optimizer: nnx.Optimizer) -> _posterior.Posterior:

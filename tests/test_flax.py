@@ -40,6 +40,15 @@ class NNX(nnx.Module):
         return self.last(self.dropout(self.norm(self.tied(self.first(x)))))
 
 
+class Sequential(nn.Module):
+    """Its layers are numbered in the order of `without_dropout`'s."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(3)(x)
+        return nn.Dense(1)(nn.tanh(x))
+
+
 def linen_loss(params, x):
     return jnp.mean(Linen().apply({"params": params}, x) ** 2)
 
@@ -252,3 +261,217 @@ def test_an_nnx_posterior_is_the_prior_of_the_next_optimizer(key):
     chex.assert_trees_all_close(ivon_jax.flax.prior(model, second), q)
     divergence = ivon_jax.flax.posterior(model, second).kl_divergence(q)
     assert 0 < divergence < jnp.inf
+
+
+def pure_loss(graphdef, rest):
+    return lambda theta, x: nnx_loss(nnx.merge(graphdef, theta, rest, copy=True), x)
+
+
+def without_dropout():
+    """The same numbers in the same layers: the model, and its loss as a function."""
+    model = nnx.Sequential(
+        nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(3, 1, rngs=nnx.Rngs(1))
+    )
+    return model, nnx.Optimizer(model, TX, wrt=nnx.Param)
+
+
+OPTIONS = {
+    "one": {},
+    "microbatches": {"mc_samples": 2, "microbatches": 2},
+    "bfloat16": {"microbatches": 2, "compute_dtype": jnp.bfloat16},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_nnx_estimate_is_the_plain_one_bit_for_bit(options):
+    model, optimizer = without_dropout()
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params = ivon_jax.flax.arrays(params)
+    plain = ivon_jax.value_and_grad(pure_loss(graphdef, rest), **options)
+    key = jax.random.key(3)
+    expected = jax.jit(plain)(key, params, TX.init(params), X)
+    grad_fn = ivon_jax.flax.value_and_grad(nnx_loss, **options)
+    result = nnx.jit(grad_fn)(key, model, optimizer, X)
+    assert jax.tree.all(jax.tree.map(np.array_equal, result, expected))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_nnx_estimate_is_linens_bit_for_bit(options):
+    """Linen's parameters, in the model's places and order: kernels after biases."""
+    model, optimizer = without_dropout()
+    layers = [model.layers[0], model.layers[2]]
+    params = {
+        f"Dense_{i}": {"kernel": layer.kernel[...], "bias": layer.bias[...]}
+        for i, layer in enumerate(layers)
+    }
+    key = jax.random.key(3)
+
+    def loss_fn(params, x):
+        return jnp.mean(Sequential().apply({"params": params}, x) ** 2)
+
+    plain = jax.jit(ivon_jax.value_and_grad(loss_fn, **options))
+    loss, expected = plain(key, params, TX.init(params), X)
+    grad_fn = ivon_jax.flax.value_and_grad(nnx_loss, **options)
+    result_loss, result = nnx.jit(grad_fn)(key, model, optimizer, X)
+    np.testing.assert_array_equal(result_loss, loss)
+    for x, y in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def norm_model():
+    model = nnx.BatchNorm(4, momentum=0.5, rngs=nnx.Rngs(0))
+    return model, nnx.Optimizer(model, TX, wrt=nnx.Param)
+
+
+def test_batch_statistics_are_the_mean_over_slices():
+    """Each starts from the old ones, so that one step moves them once."""
+    model, optimizer = norm_model()
+    grad_fn = ivon_jax.flax.value_and_grad(nnx_loss, microbatches=2, mc_samples=2)
+    nnx.jit(grad_fn)(jax.random.key(0), model, optimizer, X)
+    halves = X[::2], X[1::2]
+    np.testing.assert_allclose(
+        model.mean[...], 0.5 * np.mean(X, axis=0), rtol=1e-5, atol=1e-6
+    )
+    variance = np.mean([np.var(half, axis=0) for half in halves], axis=0)
+    np.testing.assert_allclose(model.var[...], 0.5 + 0.5 * variance, rtol=1e-5)
+
+
+def test_other_state_advances_as_in_one_plain_step():
+    """Counts of random streams by one, keys not at all, frozen weights to no bit."""
+    head = nnx.All(nnx.Param, nnx.PathContains("last"))
+    model, optimizer = nnx_model(wrt=head)
+    before = jax.tree.map(jnp.copy, ivon_jax.flax.arrays(nnx.state(model, nnx.Param)))
+    key = jax.random.key_data(model.dropout.rngs.key[...])
+    grad_fn = ivon_jax.flax.value_and_grad(nnx_loss, wrt=head, mc_samples=3)
+    _, estimate = nnx.jit(grad_fn)(jax.random.key(0), model, optimizer, X)
+    assert model.dropout.rngs.count[...] == 1
+    np.testing.assert_array_equal(jax.random.key_data(model.dropout.rngs.key[...]), key)
+    after = ivon_jax.flax.arrays(nnx.state(model, nnx.Param))
+    chex.assert_trees_all_equal(after, before)
+    assert len(jax.tree.leaves(estimate.grad)) == 2
+    optimizer.update(model, estimate.grad, hess=estimate.hess)
+    assert jnp.all(model.last.kernel[...] != before["last"]["kernel"])
+    np.testing.assert_array_equal(model.first.kernel[...], before["first"]["kernel"])
+
+
+def test_nnx_optimizer_steps_down_with_everything_at_once():
+    """Samples, micro-batches, bfloat16, dropout and batch statistics; one trace."""
+    model, optimizer = nnx_model()
+    traces = []
+    grad_fn = ivon_jax.flax.value_and_grad(
+        nnx_loss, mc_samples=2, microbatches=2, compute_dtype=jnp.bfloat16
+    )
+
+    @nnx.jit
+    def train_step(key, model, optimizer, x):
+        traces.append(1)
+        loss, estimate = grad_fn(key, model, optimizer, x)
+        optimizer.update(model, estimate.grad, hess=estimate.hess)
+        return loss
+
+    losses = [
+        train_step(k, model, optimizer, X)
+        for k in jax.random.split(jax.random.key(0), 20)
+    ]
+    assert len(traces) == 1
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert model.dropout.rngs.count[...] == 20
+
+
+def test_nnx_aux_comes_back():
+    model, optimizer = without_dropout()
+    grad_fn = ivon_jax.flax.value_and_grad(
+        lambda model, x: (nnx_loss(model, x), {"x": x.sum()}), has_aux=True
+    )
+    (loss, aux), _ = grad_fn(jax.random.key(0), model, optimizer, X)
+    assert loss.shape == ()
+    np.testing.assert_allclose(aux["x"], X.sum(), rtol=1e-5)
+
+
+def test_nnx_filter_must_be_the_optimizers():
+    head = nnx.All(nnx.Param, nnx.PathContains("last"))
+    model, optimizer = nnx_model(wrt=head)
+    message = "`wrt` must be the filter of the optimizer, got <class 'flax.nnx"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ivon_jax.flax.value_and_grad(nnx_loss)(jax.random.key(0), model, optimizer, X)
+
+
+# Trainers that own the gradient, with the sample as their parameters.
+KEY = jax.random.key(3)
+SAMPLED = ivon_jax.sampled(TX, KEY)
+
+
+def plain_loop(loss_fn, params, steps):
+    """The README's, its first gradient at the mean."""
+    opt_state = TX.init(params)
+    theta, curvature = params, {"hess": hess_of(opt_state)}
+    for t in range(steps):
+        updates, opt_state = jax.jit(TX.update)(
+            jax.jit(jax.grad(loss_fn))(theta, X), opt_state, params, **curvature
+        )
+        params = optax.apply_updates(params, updates)
+        theta = ivon_jax.sample(jax.random.fold_in(KEY, t + 1), params, opt_state)
+        curvature = {"sample": theta}
+    return ivon_jax.posterior(params, opt_state)
+
+
+def hess_of(opt_state):
+    return ivon_jax.find_states(opt_state)[0].hess
+
+
+def test_flaxs_own_train_state_trains_a_sample():
+    """Untouched: it knows nothing of IVON. Mean and precision of the plain loop."""
+    state = linen_state(SAMPLED, cls=train_state.TrainState)
+    expected = plain_loop(linen_loss, state.params, 5)
+
+    @jax.jit
+    def train_step(state):
+        return state.apply_gradients(grads=jax.grad(linen_loss)(state.params, X))
+
+    for _ in range(5):
+        state = train_step(state)
+    q = ivon_jax.posterior(state.params, state.opt_state)
+    chex.assert_trees_all_close(q, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_nnx_optimizer_trains_a_sample():
+    """Untouched, and every reader sees the mean."""
+    model, _ = without_dropout()
+    optimizer = nnx.Optimizer(model, SAMPLED, wrt=nnx.Param)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params = jax.tree.map(jnp.copy, ivon_jax.flax.arrays(params))
+    expected = plain_loop(pure_loss(graphdef, rest), params, 5)
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        optimizer.update(model, nnx.grad(nnx_loss)(model, X))
+
+    for _ in range(5):
+        train_step(model, optimizer)
+    q = ivon_jax.flax.posterior(model, optimizer)
+    chex.assert_trees_all_close(q, expected, rtol=1e-5, atol=1e-6)
+    at_mean = ivon_jax.flax.mean(model, optimizer)
+    for key, read in {
+        "mean": at_mean,
+        "sample": ivon_jax.flax.sample(KEY, model, optimizer),
+    }.items():
+        theta = ivon_jax.flax.arrays(nnx.state(read, nnx.Param))
+        wanted = q.mean if key == "mean" else q.sample(KEY)
+        chex.assert_trees_all_equal(theta, wanted)
+    assert jnp.all(at_mean.layers[0].kernel[...] != model.layers[0].kernel[...])
+    grad_fn = ivon_jax.flax.value_and_grad(nnx_loss)
+    _, estimate = grad_fn(KEY, model, optimizer, X)
+    plain_fn = ivon_jax.value_and_grad(pure_loss(graphdef, rest))
+    opt_state = ivon_jax.flax.arrays(optimizer.opt_state)
+    _, plain_estimate = plain_fn(KEY, q.mean, opt_state.inner_state, X)
+    chex.assert_trees_all_close(estimate, plain_estimate, rtol=1e-5, atol=1e-6)
+
+
+def test_our_train_state_reads_the_mean_too():
+    state = linen_state(SAMPLED)
+    grads = jax.grad(linen_loss)(state.params, X)
+    state = state.apply_gradients(grads=grads)
+    chex.assert_trees_all_equal(state.posterior().mean, state.opt_state.mean)
+    theta = state.sample(KEY)
+    chex.assert_trees_all_equal(theta, state.posterior().sample(KEY))
+    state.apply_gradients(grads=jax.grad(linen_loss)(theta, X), sample=theta)

@@ -71,5 +71,6 @@ from .trees import (
     list_of_trees as list_of_trees,
     mask_of as mask_of,
     non_negative_array as non_negative_array,
+    same_filter as same_filter,
     scales as scales,
 )

@@ -56,6 +56,16 @@ def is_mask(mask, tree):
     return True
 
 
+def same_filter(params, params_of_optimizer, wrt, wrt_of_optimizer):
+    """Reject variables to draw that are not those that the optimizer trains."""
+    if jax.tree.structure(params) != jax.tree.structure(params_of_optimizer):
+        raise ValueError(
+            f"`wrt` must be the filter of the optimizer, got {wrt!r} where that has "
+            f"{wrt_of_optimizer!r}. Call "
+            "`ivon_jax.flax.value_and_grad(loss_fn, wrt=optimizer.wrt)`."
+        )
+
+
 def mask_of(name, mask, tree):
     """Return a tree of booleans like `tree` from one that may be a prefix of it."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
