@@ -159,7 +159,7 @@ def tuned(config, estimator, train, bar):
         keys = jax.random.split(jax.random.key(1000), config.tuning_seeds)
         losses[pair] = np.mean([run(key, *pair)[1] for key in keys])
         bar.update(config.tuning_seeds)
-    return min(GRID, key=lambda pair: np.nan_to_num(losses[pair], nan=np.inf))
+    return GRID[report.best([losses[pair] for pair in GRID])]
 
 
 def cost(config, estimator, tx, train):

@@ -22,7 +22,6 @@ import tempfile
 from pydoc_data import topics
 
 import jax
-import numpy as np
 import report
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
@@ -120,7 +119,7 @@ def tune(base, make, optimizer):
         run = make(optimizer, "tuning", num_samples=0, **setting)
         values.append(train(run, base)[1][row])
     cells = report.trial_cells(NAMES[optimizer], settings, values)
-    return settings[np.argmin(values)], cells
+    return settings[report.best(values)], cells
 
 
 def main():

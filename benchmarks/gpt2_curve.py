@@ -59,7 +59,8 @@ def tune(optimizer):
         trials[setting] = log[-1]["perplexity"]
         cells = [optimizer, *(f"{value:g}" for value in setting)]
         print(f"| {' | '.join(cells)} | {trials[setting]:.3f} |", flush=True)
-    return dict(zip(names, min(trials, key=trials.get), strict=True))
+    best = list(trials)[report.best(list(trials.values()))]
+    return dict(zip(names, best, strict=True))
 
 
 def mean_and_error(values):

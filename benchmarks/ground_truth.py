@@ -310,7 +310,7 @@ def predictions(task, config, trials, losses, inputs):
     keys = jax.random.split(jax.random.key(0), config.seeds * config.members)
     fitted = {}
     for name in trials:
-        settings = stack([trials[name][losses[name].argmin()]] * len(keys))
+        settings = stack([trials[name][report.best(losses[name])]] * len(keys))
         arguments = ROWS[name][1], problem, keys, settings, task.train
         runs = baselines.fit(*arguments, f"training {name}")
         fitted[name] = runs.state, keys, settings

@@ -48,14 +48,20 @@ def mean_and_error(values, digits):
     return f"{np.mean(values):.{digits}f} ± {sem(values):.{digits}f}"
 
 
+def best(losses):
+    """Return the index of the lowest loss; a diverged trial, NaN, never has it."""
+    if np.all(np.isnan(losses)):
+        raise SystemExit(f"All {len(losses)} trials diverged.")
+    return int(np.nanargmin(losses))
+
+
 def trial_cells(name, settings, losses):
     """Return cells of a system's trials, a list of dictionaries; the best is bold."""
     cells = [
         " / ".join(f"{value:.2g}" for value in setting.values()) + f": {loss:.4g}"
         for setting, loss in zip(settings, losses, strict=True)
     ]
-    best = np.argmin(losses)
-    cells[best] = f"**{cells[best]}**"
+    cells[best(losses)] = f"**{cells[best(losses)]}**"
     return name, " / ".join(settings[0]).replace("_", " "), ", ".join(cells)
 
 

@@ -229,7 +229,7 @@ def tune(name, task, config):
     """Return a system's best setting, a run's seconds, and cells of all trials."""
     settings, losses, seconds = validate(name, task, config)
     cells = report.trial_cells(name, settings, losses)
-    return settings[losses.argmin()], seconds, cells
+    return settings[report.best(losses)], seconds, cells
 
 
 def validate(name, task, config):

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 import pathlib
 import re
 import shlex
@@ -106,3 +107,16 @@ def test_a_command_without_its_data_is_left_out(run, monkeypatch, capsys):
     run.main()
     assert "set DATA" in capsys.readouterr().out
     assert run.README.read_text() == SECTION
+
+
+def test_a_diverged_trial_is_never_the_best(monkeypatch):
+    """To NumPy, NaN is the least of all losses."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = importlib.import_module("report")
+    losses = [math.nan, 0.5, 0.25, math.inf]
+    assert report.best(losses) == 2
+    settings = [{"ess": x} for x in (1.0, 2.0, 3.0, 4.0)]
+    _, _, cells = report.trial_cells("IVON", settings, losses)
+    assert cells == "1: nan, 2: 0.5, **3: 0.25**, 4: inf"
+    with pytest.raises(SystemExit, match="All 2 trials diverged"):
+        report.best([math.nan, math.nan])
