@@ -1,24 +1,25 @@
 """What IVON maximises, so that runs and settings can be compared by it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from . import _checks
 from ._gaussian import Posterior
-from .predictive import predict
+from .predictive import mean_over_samples
 
 
 def evidence_lower_bound(
-    loss_fn: Callable[[optax.Params], jax.Array],
+    loss_fn: Callable[..., jax.Array],
     posterior: Posterior,
     prior: Posterior,
     key: jax.Array,
     *,
     ess: jax.typing.ArrayLike,
     num_samples: int = 64,
+    args: tuple[Any, ...] = (),
 ) -> jax.Array:
     r"""Estimate the evidence lower bound, in nats, of the data set: minus Eq. 1.
 
@@ -43,8 +44,8 @@ def evidence_lower_bound(
     -51.0
 
     Args:
-      loss_fn: ``loss_fn(theta)``, the mean loss per example of the data set, in nats, a
-        scalar. That of a random batch makes the estimate noisier, not biased.
+      loss_fn: ``loss_fn(theta, *args)``, the mean loss per example of the data set, in
+        nats, a scalar. That of a random batch makes the estimate noisier, not biased.
       posterior: what `ivon_jax.posterior` returns.
       prior: a Gaussian over the same tree; IVON's own is
         ``ivon_jax.prior(params, opt_state)``. Under a flat one (``weight_decay=0``) the
@@ -52,6 +53,7 @@ def evidence_lower_bound(
       key: a JAX random key. The same key gives the same samples.
       ess: :math:`\lambda`, as given to `ivon`.
       num_samples: how many samples to average over.
+      args: what `loss_fn` takes after theta; see `predict`.
 
     Returns:
       A scalar, float32 or wider. Divide it by `ess` for nats per example.
@@ -69,10 +71,12 @@ def evidence_lower_bound(
     _checks.gaussian("posterior", posterior, Posterior)
     _checks.gaussian("prior", prior, Posterior)
 
-    def loss(theta):
-        return _checks.one_loss(loss_fn(theta))
+    _checks.function("loss_fn", loss_fn)
 
-    expected = predict(loss, posterior, key, num_samples)
+    def loss(theta, *args):
+        return _checks.one_loss(loss_fn(theta, *args))
+
+    expected = mean_over_samples(loss, posterior, key, num_samples, args, of=loss_fn)
     divergence = posterior.kl_divergence(prior)
     dtype = jnp.promote_types(expected.dtype, divergence.dtype)
     ess, expected, divergence = (

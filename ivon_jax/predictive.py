@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _checks, _chunks, _jacobian
+from . import _checks, _chunks, _compiled, _jacobian
 from ._gaussian import Posterior
 from ._mean import scan_mean
 from ._mixture import Mixture
 
 
 def predict(
-    fn: Callable[[optax.Params], Any],
+    fn: Callable[..., Any],
     posterior: Posterior | Mixture,
     key: jax.Array,
     num_samples: int = 64,
+    args: tuple[Any, ...] = (),
 ) -> Any:
     r"""Average `fn` over the posterior: :math:`\frac{1}{S} \sum_s f(\theta_s)`.
 
@@ -32,22 +33,28 @@ def predict(
     >>> print(predict(lambda theta: theta > 0, q, key, num_samples=1000).round(1))
     0.5
 
+    Outside of ``jit``, `fn` is traced at each call, but compiled at the first alone:
+    in a loop over batches it may close over the batch, or take it from `args`, and may
+    be written anew each time. A jitted `fn` saves most of the tracing; what it closes
+    over is a constant of its program, as always in JAX, so give it `args`.
+
     Args:
-      fn: a pure function of the parameters, returning any pytree of arrays. Close over
-        the inputs: ``lambda theta: jax.nn.softmax(apply(theta, x))``.
+      fn: ``fn(theta, *args)``, a pure function, returning any pytree of arrays. Without
+        `args`: ``lambda theta: jax.nn.softmax(apply(theta, x))``.
       posterior: what `ivon_jax.posterior` returns, or a `Mixture`, each of whose
         members is drawn as often.
       key: a JAX random key. The same key gives the same samples, whatever `fn` is.
       num_samples: :math:`S`. The paper uses 64; the error falls as one over its root.
+      args: a tuple of pytrees, such as ``(x,)``: what `fn` takes after theta. Arrays
+        and numbers in it are traced, as under ``jit``.
 
     Returns:
       A tree with the structure and shapes of ``fn(theta)``, in float32 or wider.
 
     Raises:
-      TypeError, ValueError: `num_samples` is not a positive integer, or `posterior`
-        has no samples.
+      TypeError, ValueError: an argument, or what `fn` returns, is not as described.
     """
-    return _mean_over_samples(fn, posterior, key, num_samples)
+    return mean_over_samples(fn, posterior, key, num_samples, args)
 
 
 class Uncertainty(NamedTuple):
@@ -60,10 +67,11 @@ class Uncertainty(NamedTuple):
 
 
 def uncertainty(
-    fn: Callable[[optax.Params], jax.Array],
+    fn: Callable[..., jax.Array],
     posterior: Posterior | Mixture,
     key: jax.Array,
     num_samples: int = 64,
+    args: tuple[Any, ...] = (),
 ) -> Uncertainty:
     r"""Split the entropy of the predictive distribution by where it comes from.
 
@@ -87,10 +95,11 @@ def uncertainty(
     0.7 0.7
 
     Args:
-      fn: a pure function of the parameters, returning class probabilities (..., C).
+      fn: ``fn(theta, *args)``, a pure function, returning class probabilities (..., C).
       posterior: what `ivon_jax.posterior` returns, or a `Mixture`.
       key: a JAX random key. The same key gives the samples that `predict` draws.
       num_samples: S. Memory does not grow with it.
+      args: what `fn` takes after theta; see `predict`.
 
     Returns:
       An `Uncertainty`; ``probs`` is what `predict` returns.
@@ -104,13 +113,15 @@ def uncertainty(
       Learning, 2011; Depeweg et al., Decomposition of Uncertainty in Bayesian Deep
       Learning for Efficient and Risk-sensitive Learning, ICML 2018.
     """
+    _checks.function("fn", fn)
 
-    def outputs(theta):
-        probs = jnp.asarray(_checks.one_array("fn(theta)", fn(theta)))
+    def outputs(theta, *args):
+        probs = jnp.asarray(_checks.one_array("fn(theta)", fn(theta, *args)))
         _checks.probabilities("fn(theta)", probs)
         return probs, _entropy(_at_least_float32(probs))
 
-    probs, aleatoric = _mean_over_samples(outputs, posterior, key, num_samples)
+    means = mean_over_samples(outputs, posterior, key, num_samples, args, of=fn)
+    probs, aleatoric = means
     _checks.probabilities("fn(theta)", probs)
     total = _entropy(probs)
     return Uncertainty(probs, total, aleatoric, jnp.maximum(total - aleatoric, 0.0))
@@ -183,38 +194,54 @@ def linearized(
       Immer et al., Improving Predictions of Bayesian Neural Nets via Local
       Linearization, AISTATS 2021.
     """
+    _checks.function("fn", fn)
     _checks.gaussian("posterior", posterior, Posterior)
     _checks.integer_between("chunk_size", chunk_size, 1)
     x = jax.tree.map(jnp.asarray, x)
     _checks.number_of_examples(x=x)
-    _jacobian.num_outputs(fn, posterior, x)
-    of_example = _jacobian.linearize(fn, posterior)
 
-    def moments(example):
-        outputs = of_example(example)
-        return Linearized(outputs.mean, outputs.covariance())
+    def run(posterior, x):
+        _jacobian.num_outputs(fn, posterior, x)
+        of_example = _jacobian.linearize(fn, posterior)
 
-    return _chunks.map_examples(moments, x, chunk_size)
+        def moments(example):
+            outputs = of_example(example)
+            return Linearized(outputs.mean, outputs.covariance())
+
+        return _chunks.map_examples(moments, x, chunk_size)
+
+    return _compiled.call(run, posterior, x, of=fn)
 
 
-def _mean_over_samples(fn, posterior, key, num_samples):
-    """The mean of ``fn(theta)``, any pytree, in the memory of one sample."""
+def mean_over_samples(fn, posterior, key, num_samples, args, of=None):
+    """The mean of ``fn(theta, *args)``, any pytree, in the memory of one sample."""
+    _checks.function("fn", fn)
     _checks.integer_between("num_samples", num_samples, 1)
     _checks.posterior_to_sample(posterior)
+    key = _checks.random_key("key", key)
+    _checks.arguments("args", args)
 
-    def outputs(theta):
-        return jax.tree.map(_at_least_float32, fn(theta))
+    def run(posterior, key, args):
+        def outputs(theta):
+            value = _checks.arrays("fn(theta)", fn(theta, *args))
+            return jax.tree.map(_at_least_float32, value)
 
+        return _scan_samples(outputs, posterior, key, num_samples)
+
+    return _compiled.call(run, posterior, key, args, of=of or fn)
+
+
+def _scan_samples(fn, posterior, key, num_samples):
     if isinstance(posterior, Mixture):
         key, strata_key = jax.random.split(key)
         strata = posterior.strata(strata_key, num_samples)
         keys = jax.random.split(key, num_samples)
         members = Mixture(posterior.stacked)  # once, not in every step of the scan
         return scan_mean(
-            lambda x: outputs(members.member(x[0]).sample(x[1])), (strata, keys)
+            lambda x: fn(members.member(x[0]).sample(x[1])), (strata, keys)
         )
     keys = jax.random.split(key, num_samples)
-    return scan_mean(lambda k: outputs(posterior.sample(k)), keys)
+    return scan_mean(lambda k: fn(posterior.sample(k)), keys)
 
 
 def _entropy(probs):

@@ -114,6 +114,21 @@ def test_it_is_minus_equation_1_for_any_ess(key):
     assert bound.dtype == jnp.float64
 
 
+def test_the_loss_takes_arguments(key):
+    q = gaussian(MEAN, PRECISION, jnp.float32)
+
+    def loss(theta, x, y):
+        return jnp.mean((y - x @ theta) ** 2)
+
+    x, y = (jnp.asarray(array, jnp.float32) for array in (X, Y))
+    options = {"ess": N, "num_samples": 2}
+    bound = evidence_lower_bound(loss, q, prior_of(q), key, args=(x, y), **options)
+    expected = evidence_lower_bound(
+        lambda theta: loss(theta, x, y), q, prior_of(q), key, **options
+    )
+    np.testing.assert_allclose(bound, expected, rtol=1e-6)
+
+
 def train(key, steps=8000):
     """IVON from wide of the mark; returns the first and the last posterior."""
     tx = ivon_jax.ivon(
@@ -214,6 +229,13 @@ BAD = [
         "`loss_fn` must return a scalar, the mean loss per example, got tuple. Drop "
         "what it returns besides.",
     ),
+    (
+        {"loss_fn": lambda _: None},
+        TypeError,
+        "`loss_fn` must return a scalar, the mean loss per example, got None. Does it",
+    ),
+    ({"loss_fn": None}, TypeError, "`loss_fn` must be a function of the parameters, "),
+    ({"key": 0}, TypeError, "`key` must be a JAX random key, got 0."),
     (
         {"loss_fn": lambda theta: theta**2},
         ValueError,

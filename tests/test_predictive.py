@@ -102,6 +102,51 @@ def test_the_number_of_samples_is_an_integer(bad, key):
         ivon_jax.predict(outputs, POSTERIOR, key, num_samples=bad)
 
 
+UNFIT = {
+    "no function": (
+        {"fn": None},
+        "`fn` must be a function of the parameters, got None",
+    ),
+    "parameters": ({"posterior": None}, "`posterior` must be a posterior, got None"),
+    "no key": ({"key": None}, "`key` must be a JAX random key, got None. Pass `jax."),
+    "a seed": ({"key": 0}, "`key` must be a JAX random key, got 0. Pass `jax.random"),
+    "numbers": (
+        {"key": jnp.ones(2)},
+        "`key` must be one JAX random key, got float32 of",
+    ),
+    "keys": (
+        {"key": jnp.zeros((3, 2), jnp.uint32)},
+        "`key` must be one JAX random key, got key<fry> of shape (3,).",
+    ),
+    "rows": (
+        {"args": jnp.ones((2, 3))},
+        "`args` must be a tuple of arguments, got ",
+    ),
+    "nothing": (
+        {"fn": lambda _: None},
+        "`fn(theta)` must be an array or a pytree of arrays, got None. Does the",
+    ),
+    "text": (
+        {"fn": lambda _: {"logits": "x"}},
+        "`fn(theta)` must be an array or a pytree of arrays, got str at fn(theta)['log",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), UNFIT.values(), ids=UNFIT)
+def test_predict_names_what_does_not_fit(arguments, message):
+    good = {"fn": outputs, "posterior": POSTERIOR, "key": jax.random.key(0)}
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        ivon_jax.predict(**(good | arguments))
+
+
+def test_counts_may_be_numpys_and_keys_legacy():
+    key = jax.random.PRNGKey(3)
+    result = ivon_jax.predict(outputs, POSTERIOR, key, np.int64(3))
+    expected = ivon_jax.predict(outputs, POSTERIOR, jax.random.wrap_key_data(key), 3)
+    chex.assert_trees_all_equal(result, expected)
+
+
 def class_probabilities(theta):
     """Of two examples and three classes; the last is impossible for the first."""
     logits = theta["w"].at[0, 2].set(-jnp.inf)
@@ -130,6 +175,16 @@ def test_probabilities_of_uncertainty_are_those_of_predict(key):
     result = predictive.uncertainty(class_probabilities, POSTERIOR, key, 5)
     probs = ivon_jax.predict(class_probabilities, POSTERIOR, key, 5)
     np.testing.assert_array_equal(result.probs, probs)
+
+
+def test_uncertainty_passes_arguments_on(key):
+    def probs(theta, x, scale=1.0):
+        return jax.nn.softmax(scale * theta["w"] + x)
+
+    x = jnp.eye(2, 3)
+    result = predictive.uncertainty(probs, POSTERIOR, key, 3, args=(x, 2.0))
+    expected = predictive.uncertainty(lambda t: probs(t, x, 2.0), POSTERIOR, key, 3)
+    chex.assert_trees_all_close(result, expected, rtol=1e-6)
 
 
 def test_total_uncertainty_is_aleatoric_plus_epistemic(key):

@@ -17,6 +17,11 @@ from .data import (
     sum_to_one as sum_to_one,
     which_count as which_count,
 )
+from .functions import (
+    arguments as arguments,
+    arrays as arrays,
+    function as function,
+)
 from .gaussians import (
     curvature as curvature,
     gaussian as gaussian,

@@ -226,6 +226,11 @@ def scalar_loss(value, has_aux):
 
 def one_loss(value):
     """Return a loss that is a scalar and nothing else."""
+    if value is None:
+        raise TypeError(
+            "`loss_fn` must return a scalar, the mean loss per example, got None. Does "
+            "it return its result?"
+        )
     if isinstance(value, (tuple, list, dict)):
         raise TypeError(
             "`loss_fn` must return a scalar, the mean loss per example, got "
