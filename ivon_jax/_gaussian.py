@@ -262,9 +262,13 @@ class Posterior(NamedTuple):
         _checks.like("prior.mean", prior.mean, "the posterior's mean", self.mean)
         _checks.same_point_masses(self, prior)
         _checks.precisions(self)
-        return _total(
-            map_arrays(_densities.kl_divergence, self, prior.mean, prior.precision)
-        )
+        return divergence(self, prior)
+
+
+def divergence(q: Posterior, prior: Posterior) -> jax.Array:
+    """The divergence of two Gaussians, NaN where a precision is."""
+    arrays = map_arrays(_densities.kl_divergence, q, prior.mean, prior.precision)
+    return _total(arrays)
 
 
 def standard_normal(q: Posterior, key: jax.Array) -> optax.Params:

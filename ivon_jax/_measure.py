@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import _checks, _rules
+from . import _checks, _ranks, _rules
 from ._gradients import value_and_grad
 from ._mean import scan_mean
 from ._posterior import find_states, posterior, prior
@@ -53,7 +53,7 @@ def _trained(tree, precision):
 
 def of_weights(arrays):
     """What needs no setting that the state doesn't keep."""
-    size = sum(x.mean.size for x in arrays)
+    size = _size(arrays)
     finite = [jnp.isfinite(v) for x in arrays for v in (x.mean, x.hess, x.momentum)]
     noise = _total([x.variance for x in arrays])
     weights = _total([x.mean**2 for x in arrays])
@@ -61,7 +61,7 @@ def of_weights(arrays):
     gamma = _total([jnp.maximum(x.hess, 0.0) / x.scale for x in arrays])
     return {
         "count": jnp.min(jnp.stack([x.count for x in arrays])),
-        "ess": sum(x.ess * x.mean.size for x in arrays) / size,
+        "ess": sum(x.ess * float(x.mean.size) for x in arrays) / size,
         "weight_decay": _total([x.delta for x in arrays]) / size,
         "num_params": size,
         "non_finite": _total([~x for x in finite]) / (3 * size),
@@ -75,7 +75,7 @@ def of_weights(arrays):
 def of_hess(arrays, hess_init, b2, num_steps):
     """Where h is, and how much of it is still `hess_init`."""
     hess = [x.hess for x in arrays]
-    size = sum(h.size for h in hess)
+    size = _size(arrays)
     count = jnp.min(jnp.stack([x.count for x in arrays]))
     if isinstance(b2, float):
         log_b2 = math.log(max(b2, 1e-37))  # in float32, 0.999999 is 1 % off
@@ -88,14 +88,14 @@ def of_hess(arrays, hess_init, b2, num_steps):
     way = _total([h - hess_init for h in hess]) / size
     lowest, highest = _range(hess)
     return {
-        "hess_median": lower_median(hess),
+        "hess_median": _ranks.lower_median(hess),
         "hess_min": lowest,
         "hess_max": highest,
         "hess_peak": highest / hess_init,
         "hess_negative": _total([h <= 0 for h in hess]) / size,
         "hess_memory": jnp.exp(steps * log_b2),
         "hess_half_life": -math.log(2.0) / log_b2,
-        "hess_drift": lower_median(drift),
+        "hess_drift": _ranks.lower_median(drift),
         "hess_target": hess_init + way / share,
         "hess_rounding": max(x.spacings[1] for x in arrays) / (1.0 - b2),
     }
@@ -109,12 +109,12 @@ def clipped_share(arrays, b1, clip_radius):
         direction = _rules.direction(momentum, x.shift, x.hess, x.delta)
         return jnp.abs(direction) > clip_radius
 
-    return _total(map(clipped, arrays)) / sum(x.mean.size for x in arrays)
+    return _total(map(clipped, arrays)) / _size(arrays)
 
 
 def of_loss(arrays, params, opt_state, b2, loss_fn, keys):
     """What takes samples."""
-    size, count = sum(x.mean.size for x in arrays), len(keys)
+    size, count = _size(arrays), len(keys)
 
     def loss(theta):
         return _checks.one_loss(loss_fn(theta))
@@ -131,7 +131,7 @@ def of_loss(arrays, params, opt_state, b2, loss_fn, keys):
             value.astype(float),
             grads,
             norm2,
-            lower_median(terms),
+            _ranks.lower_median(terms),
             _total(terms) / size,
         )
 
@@ -162,6 +162,11 @@ def _split(estimate, params, opt_state):
     ]
 
 
+def _size(arrays):
+    """P as a float: int32 ends at 2^31."""
+    return float(sum(x.mean.size for x in arrays))
+
+
 def _total(arrays):
     """The sum over all entries, which counts those that are true."""
     return sum(jnp.sum(x, dtype=float) for x in arrays)
@@ -172,28 +177,3 @@ def _range(arrays):
     lows = [jnp.min(x, initial=jnp.inf) for x in arrays]
     highs = [jnp.max(x, initial=-jnp.inf) for x in arrays]
     return jnp.min(jnp.stack(lows)), jnp.max(jnp.stack(highs))
-
-
-def lower_median(arrays):
-    """The lower median of all entries, by bisection: no copy, no sort, no gathering."""
-    size = sum(x.size for x in arrays)
-    lowest, highest = _range(arrays)
-
-    def between(low, high):
-        return 0.5 * low + 0.5 * high  # high - low may overflow, or be flushed to zero
-
-    def is_half(value):
-        return 2.0 * _total([x <= value for x in arrays]) >= size
-
-    def halve(bounds):
-        low, high = bounds
-        middle = between(low, high)
-        enough = is_half(middle)
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
-
-    def apart(bounds):
-        low, high = bounds
-        return (low < between(low, high)) & (between(low, high) < high)
-
-    start = lowest, jnp.where(is_half(lowest), lowest, highest)
-    return jax.lax.while_loop(apart, halve, start)[1]

@@ -41,7 +41,7 @@ def normal(key, shape, dtype, out_sharding=None):
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _normal(key, shape, out_sharding):
     """The inverse error function of 23 uniform bits for each entry."""
-    bits = _threefry(key, _positions(shape, out_sharding))
+    bits = _threefry(key, positions(shape, out_sharding))
     mantissa = (bits >> np.uint32(9)) | np.float32(1.0).view(np.uint32)
     uniform = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - np.float32(1.0)
     lowest = np.nextafter(np.float32(-1.0), np.float32(0.0))
@@ -49,8 +49,8 @@ def _normal(key, shape, out_sharding):
     return np.float32(math.sqrt(2)) * jax.lax.erf_inv(jnp.maximum(lowest, uniform))
 
 
-def _positions(shape, out_sharding):
-    """Number the entries in row-major order; every device numbers its own."""
+def positions(shape, out_sharding):
+    """Number the entries in row-major order, modulo 2^32; devices number their own."""
     position = np.uint32(0)
     for axis, size in enumerate(shape):
         index = jax.lax.broadcasted_iota(

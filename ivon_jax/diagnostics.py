@@ -66,6 +66,7 @@ import jax.numpy as jnp
 import optax
 
 from . import _checks, _measure
+from ._gaussian import divergence
 from ._posterior import find_states, mean, posterior, prior
 
 DIVERGED = (
@@ -242,7 +243,7 @@ def measure(
         x for s in find_states(opt_state) for x in _measure.trained_arrays(params, s)
     ]
     _checks.some_entries(arrays)
-    numbers = _measure.of_weights(arrays) | {"kl_divergence": q.kl_divergence(p)}
+    numbers = _measure.of_weights(arrays) | {"kl_divergence": divergence(q, p)}
     numbers |= _measure.of_hess(arrays, hess_init, b2, num_steps)
     if clip_radius is not None:
         b1 = _number(_checks.decay_rate("b1", b1))

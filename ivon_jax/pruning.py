@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _checks, _sharding
+from . import _checks, _ranks
 from ._gaussian import Posterior
 
 
@@ -74,16 +74,18 @@ def mask(scores: Any, sparsity: jax.typing.ArrayLike) -> Any:
       TypeError, ValueError: there is no score, one is NaN, or `sparsity` is not in
         [0, 1].
     """
-    ranks = _ranks(scores)
-    size = sum(rank.size for rank in jax.tree.leaves(ranks))
-    removed = _num_removed(sparsity, size)
-
-    def kept(rank):
-        if rank is None:
-            return jnp.asarray(True)
-        return rank >= jnp.asarray(removed, rank.dtype)
-
-    return jax.tree.map(kept, ranks, is_leaf=_is_none)
+    named, structure = jax.tree_util.tree_flatten_with_path(scores, is_leaf=_is_none)
+    arrays = [
+        _checks.scores(f"scores{jax.tree_util.keystr(path)}", x)
+        for path, x in named
+        if x is not None
+    ]
+    _checks.not_empty("scores", *arrays)
+    size = sum(x.size for x in arrays)
+    kept = iter(_kept(arrays, _num_removed(sparsity, size)))
+    return structure.unflatten(
+        [jnp.asarray(True) if x is None else next(kept) for _, x in named]
+    )
 
 
 def by_signal_to_noise(posterior: Posterior, sparsity: jax.typing.ArrayLike) -> Any:
@@ -155,11 +157,7 @@ def prune(params: optax.Params | Posterior, mask: Any) -> optax.Params:
     if isinstance(params, Posterior):
         params = params.mean
     mask = _checks.keep_like("mask", mask, "the parameters", params)
-
-    def kept(param, keep):
-        return jnp.where(keep, param, jnp.zeros_like(param))
-
-    return jax.tree.map(kept, params, mask)
+    return _pruned(params, mask)
 
 
 def curve(
@@ -202,35 +200,30 @@ def _check(posterior):
     _checks.some_precision(posterior)
 
 
-def _ranks(scores):
-    """The rank of each entry among those of all arrays, the lowest first."""
-    named, structure = jax.tree_util.tree_flatten_with_path(scores)
-    arrays = [
-        _checks.scores(f"scores{jax.tree_util.keystr(path)}", x) for path, x in named
-    ]
-    _checks.not_empty("scores", *arrays)
+@jax.jit
+def _pruned(params, mask):
+    def kept(param, keep):
+        return jnp.where(keep, param, jnp.zeros_like(param))
+
+    return jax.tree.map(kept, params, mask)
+
+
+@jax.jit
+def _kept(arrays, removed):
+    """All but the lowest entries, ranked in a dtype that holds each exactly."""
     dtype = functools.reduce(np.promote_types, (x.dtype for x in arrays), np.float32)
-    flat = jnp.concatenate([_sharding.whole(x.astype(dtype)).ravel() for x in arrays])
-    order = jnp.argsort(flat, stable=True)
-    ranks = (
-        jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=order.dtype))
-    )
-    parts = jnp.split(ranks, np.cumsum([x.size for x in arrays])[:-1])
-    return structure.unflatten(
-        [
-            _sharding.back(part.reshape(x.shape), x)
-            for part, x in zip(parts, arrays, strict=True)
-        ]
-    )
+    return _ranks.without_lowest([x.astype(dtype) for x in arrays], removed)
 
 
 def _num_removed(sparsity, size):
-    """The sparsity times `size`, rounded to an integer."""
+    """The sparsity times `size`, rounded, as a pair of integers."""
     sparsity = _checks.fraction("sparsity", sparsity)
     if isinstance(sparsity, float):
-        return round(sparsity * size)
+        return _ranks.pair(round(sparsity * size))
+    rounded = _ranks.pair(jnp.round(sparsity * float(size)))
     # float32 does not hold every size.
-    return jnp.where(sparsity < 1, jnp.round(sparsity * size).astype(int), size)
+    choices = zip(rounded, _ranks.pair(size), strict=True)
+    return [jnp.where(sparsity < 1, *choice) for choice in choices]
 
 
 def _like_mean(posterior, kept):

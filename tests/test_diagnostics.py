@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from statistical import assert_mean
 
 import ivon_jax
-from ivon_jax import _measure, diagnostics
+from ivon_jax import _ranks, diagnostics, pruning
 
 HESS_INIT, B1, B2 = 0.5, 0.8, 0.99
 SETTINGS = {"hess_init": HESS_INIT, "b1": B1, "b2": B2, "clip_radius": 0.7}
@@ -265,11 +265,15 @@ def test_the_gap_of_a_quadratic_loss_is_the_expected_one(key):
 )
 @example(arrays=[[-2.0, 1.0, 2.4939376309121963e-32]])
 @example(arrays=[[-3e38, 3e38, 2e38, 1e38]])
+@example(arrays=[[np.inf, 1.0, 2.0]])
+@example(arrays=[[-np.inf, 1.0, 2.0], [5.0, np.inf]])
+@example(arrays=[[-np.inf, np.inf, np.inf]])
+@example(arrays=[[0.0, -1.0, 0.0, 1.0]])
 @settings(max_examples=30, deadline=None)
 def test_the_median_without_a_sort_is_that_of_a_sort(arrays):
     """Of several arrays, empty ones too; with ties and outliers."""
     entries = np.sort(np.concatenate([np.asarray(x, np.float32) for x in arrays]))
-    median = _measure.lower_median([jnp.asarray(x, jnp.float32) for x in arrays])
+    median = _ranks.lower_median([jnp.asarray(x, jnp.float32) for x in arrays])
     np.testing.assert_array_equal(median, entries[(len(entries) - 1) // 2])
 
 
@@ -277,11 +281,41 @@ def test_the_median_without_a_sort_is_that_of_a_sort(arrays):
 def test_the_median_of_many_is_exact(size, key):
     entries = jax.random.normal(key, (size,)) ** 3
     expected = np.sort(entries)[(size - 1) // 2]
-    np.testing.assert_array_equal(_measure.lower_median([entries]), expected)
+    np.testing.assert_array_equal(_ranks.lower_median([entries]), expected)
+
+
+def test_every_function_of_the_posterior_lowers_with_1e10_parameters():
+    """Where int32 ends at 2e9, and three times the size at 7e8."""
+    shapes = {"w": (100_000, 99_999), "b": (10**5,), "one": ()}
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()
+    }
+    tx = ivon_jax.ivon(0.1, ess=1e6)
+
+    def everything(params, key, sparsity):
+        opt_state = tx.init(params)
+        q, prior = (f(params, opt_state) for f in (ivon_jax.posterior, ivon_jax.prior))
+        numbers = diagnostics.measure(
+            params,
+            opt_state,
+            clip_radius=1.0,
+            loss_fn=lambda theta: theta["one"],
+            key=key,
+        )
+        mixture = ivon_jax.Mixture([q, q])
+        kept = pruning.by_variance(q, 0.5), pruning.by_signal_to_noise(q, sparsity)
+        curve = pruning.curve(lambda theta: theta["one"], q, [0.1, 0.2])
+        values = q.log_prob(params), q.entropy(), q.kl_divergence(prior)
+        trees = q.sample(key), q.natural_parameters, q.tempered(2.0).variance
+        of_members = mixture.sample(key), mixture.log_prob(params), mixture.member(1)
+        return numbers, kept, curve, values, trees, of_members
+
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    jax.jit(everything).lower(params, key, jax.ShapeDtypeStruct((), jnp.float32))
 
 
 def test_a_median_with_a_nan_is_nan_and_ends():
-    assert jnp.isnan(_measure.lower_median([jnp.array([1.0, jnp.nan, 2.0])]))
+    assert jnp.isnan(_ranks.lower_median([jnp.array([1.0, jnp.nan, 2.0])]))
 
 
 @pytest.mark.parametrize("b2", [0.0, 0.9, 0.999])

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import ivon_jax
-from ivon_jax import pruning
+from ivon_jax import _ranks, pruning
 
 MEAN = {"w": (4, 5), "frozen": (3,), "b": (5,), "scale": ()}
 CRITERIA = [pruning.by_signal_to_noise, pruning.by_variance]
@@ -82,13 +82,36 @@ def test_the_count_is_exact_where_all_scores_are_equal(criterion, count):
         assert np.all(np.diff(kept.astype(int)) >= 0)
 
 
-def test_the_count_is_exact_beyond_float32():
-    """Which holds neither 2^24 + 1 nor 0.7."""
-    count = 2**24 + 1
-    assert pruning._num_removed(0.7, count) == round(0.7 * count)
+@pytest.mark.parametrize("count", [2**24 + 1, 10**10 + 1])
+def test_the_count_is_exact_beyond_float32_and_int32(count):
+    """Which hold neither 2^24 + 1 nor 0.7, and nothing from 2^31 on."""
+
+    def number(pair):
+        return int(pair[0]) * 2**16 + int(pair[1])
+
+    assert number(pruning._num_removed(0.7, count)) == round(0.7 * count)
     for one in (1.0, jnp.float32(1)):
-        assert pruning._num_removed(one, count) == count
-        assert jax.jit(lambda s: pruning._num_removed(s, count))(one) == count
+        assert number(pruning._num_removed(one, count)) == count
+        traced = jax.jit(lambda s: pruning._num_removed(s, count))(one)
+        assert number(traced) == count
+    half = number(pruning._num_removed(jnp.float32(0.5), count))
+    np.testing.assert_allclose(half, count / 2, rtol=1e-7)
+
+
+def test_arrays_are_cut_where_one_int32_cannot_count_them(monkeypatch):
+    """Here at 8 entries, and with pairs of base 4; ties cross the cuts."""
+    monkeypatch.setattr(_ranks, "_LARGEST", 8)
+    monkeypatch.setattr(_ranks, "_BASE", 4)
+    rng = np.random.default_rng(0)
+    shapes = {"a": (1, 7, 3), "b": (11,), "c": (2,), "d": (0, 4), "e": (1, 1, 9)}
+    scores = {k: np.float32(rng.integers(0, 3, s)) for k, s in shapes.items()}
+    run = jax.jit(lambda removed: pruning._kept.__wrapped__(arrays, removed))
+    arrays = [jnp.asarray(x) for x in scores.values()]
+    for removed in range(44):
+        kept = run(_ranks.pair(removed))
+        kept = np.concatenate([np.ravel(x) for x in kept])
+        expected = lowest_removed(flat(scores), removed / 43)
+        np.testing.assert_array_equal(kept, expected)
 
 
 def test_removal_by_signal_to_noise_costs_least_log_density():
