@@ -146,7 +146,9 @@ def test_optax_tells_hessian_and_momentum_from_scalars(wrap):
     mapped = optax.tree.map_params(
         tx, lambda _: "param", tx.init(PARAMS), transform_non_params=lambda _: "other"
     )
-    for state in ivon_jax.find_states(mapped):
+    states = ivon_jax.find_states(mapped)
+    assert len(states) > 0
+    for state in states:
         assert (state.count, state.ess, state.weight_decay) == ("other",) * 3
         assert set(jax.tree.leaves((state.hess, state.momentum))) == {"param"}
 
