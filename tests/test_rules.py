@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from statistical import assert_at_most
 
 from ivon_jax import _rules
 
@@ -74,6 +75,7 @@ def test_no_nan_at_the_extremes_of_float32(hess, weight_decay, b2):
         hess = _rules.next_hess(hess, estimate, b2, weight_decay)
         assert jnp.all(jnp.isfinite(hess))
         assert jnp.all(hess + weight_decay > 0)
+        assert_at_most(hess, (1 + EPS) * float(jnp.finfo(jnp.float32).max) ** 0.5)
         assert jnp.all(jnp.isfinite(_rules.precision(hess, 1e10, weight_decay)))
 
 
