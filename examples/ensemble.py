@@ -236,7 +236,7 @@ def main():
             carry = init(jax.random.split(init_key, config.members))
             for key in tqdm(epoch_keys, desc=name, unit="epoch"):
                 carry = epoch(carry, jax.random.split(key, config.members), *train_data)
-            ensemble = ivon_jax.Mixture(jax.vmap(posterior)(*carry))
+            ensemble = ivon_jax.Mixture.from_stacked(jax.vmap(posterior)(*carry))
             test = functools.partial(evaluate, key=test_key, **test_data)
             singles = jax.vmap(functools.partial(test, num_samples=num_samples))
             rows[name].append([x.mean(axis=0) for x in singles(ensemble.stacked)])

@@ -12,6 +12,13 @@ from . import _checks, _sharding
 from ._gaussian import Posterior, each
 
 
+class Stacked(NamedTuple):
+    """A posterior whose arrays have a leading axis of members, by its caller's word."""
+
+    mean: optax.Params
+    precision: optax.Params
+
+
 class Mixture(NamedTuple):
     r"""The equal-weight mixture :math:`q(\theta) = \frac{1}{M} \sum_k q_k(\theta)`.
 
@@ -25,31 +32,60 @@ class Mixture(NamedTuple):
     (2,)
 
     Attributes:
-      posteriors: M posteriors over the same tree; or one whose arrays have a leading
-        axis of M members, as ``jax.vmap(ivon_jax.posterior)`` returns it, which may be
-        spread over devices.
+      posteriors: M posteriors over the same tree, in a list. One whose arrays have a
+        leading axis of M members, as ``jax.vmap(ivon_jax.posterior)`` returns it, goes
+        through `from_stacked`; where no array has one axis alone, here as well.
 
     Its methods raise TypeError or ValueError if there are no posteriors, or of several
-    trees.
+    trees, or if the one given may be a single one.
     """
 
-    posteriors: Posterior | Sequence[Posterior]
+    posteriors: Posterior | Stacked | Sequence[Posterior]
+
+    @classmethod
+    def from_stacked(cls, posterior: Posterior) -> "Mixture":
+        """Return the mixture of M members along the first axis of every array.
+
+        >>> q = Posterior(mean=jnp.zeros(3), precision=jnp.ones(3))
+        >>> Mixture.from_stacked(q).num_members, Mixture([q]).num_members
+        (3, 1)
+
+        Args:
+          posterior: what ``jax.vmap(ivon_jax.posterior)`` returns, which may be spread
+            over devices.
+        """
+        return cls(Stacked(*posterior))
+
+    @property
+    def _is_stacked(self):
+        return isinstance(self.posteriors, (Posterior, Stacked))
 
     @property
     def stacked(self) -> Posterior:
         """All members as one Posterior, each array with a leading axis of M."""
-        _checks.members(self.posteriors, Posterior)
-        if isinstance(self.posteriors, Posterior):
-            return self.posteriors
+        _checks.members(self.posteriors, Posterior, Stacked)
+        if self._is_stacked:
+            return Posterior(*self.posteriors)
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *self.posteriors)
 
     @property
     def num_members(self) -> int:
         """M."""
-        return len(jax.tree.leaves(self.stacked.mean)[0])
+        _checks.members(self.posteriors, Posterior, Stacked)
+        if self._is_stacked:
+            return jax.tree.leaves(self.posteriors)[0].shape[0]
+        return len(self.posteriors)
 
     def member(self, index: jax.typing.ArrayLike) -> Posterior:
-        """Return the Gaussian of this index, which may be an array."""
+        """Return the Gaussian of this index, -M to M - 1, which may be an array.
+
+        Raises:
+          IndexError, TypeError: there is no such member; if `index` is traced, its
+            arrays are NaN.
+        """
+        index = _checks.member_index(index, self.num_members)
+        if isinstance(index, int) and not self._is_stacked:
+            return self.posteriors[index]
         return jax.tree.map(lambda x: _sharding.row(x, index), self.stacked)
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> optax.Params:
@@ -67,11 +103,13 @@ class Mixture(NamedTuple):
           A tree like the mean of a member, each array of ``shape`` and its own.
         """
         key, shape = _checks.random_key("key", key), _checks.shape("shape", shape)
+        members = Mixture.from_stacked(self.stacked)  # once, not for every draw
+        _checks.precisions(members.stacked, positive=True)
 
         def draw(key):
             member_key, noise_key = jax.random.split(key)
-            index = jax.random.randint(member_key, (), 0, self.num_members)
-            return self.member(index).sample(noise_key)
+            index = jax.random.randint(member_key, (), 0, members.num_members)
+            return members.member(index).sample(noise_key)
 
         return each(draw, key, shape)
 
@@ -95,6 +133,7 @@ class Mixture(NamedTuple):
           Indices of members, of shape (S,).
         """
         _checks.integer_between("num_samples", num_samples, 1)
+        key = _checks.random_key("key", key)
         first = jax.random.randint(key, (), 0, self.num_members)
         return (first + jnp.arange(num_samples)) % self.num_members
 
@@ -105,5 +144,7 @@ class Mixture(NamedTuple):
         >>> print(f"{Mixture([q, q]).log_prob(jnp.zeros(2)):.6f}")
         0.000000
         """
-        densities = jax.vmap(lambda q: q.log_prob(theta))(self.stacked)
+        stacked = self.stacked
+        _checks.precisions(stacked)
+        densities = jax.vmap(lambda q: q.log_prob(theta))(stacked)
         return jax.nn.logsumexp(densities) - math.log(self.num_members)

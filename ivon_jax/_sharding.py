@@ -45,10 +45,20 @@ def positions(x):
 
 
 def row(x, index):
-    """``x[index]``, for any sharding of the first axis, without gathering the rest."""
+    """``x[index]``, for any sharding of the first axis, without gathering the rest.
+
+    NaN, or zero of integers, where there is no such row.
+    """
     x = jnp.asarray(x)
+    if isinstance(index, int):
+        index = jnp.asarray(index)
+    if index.ndim:
+        return jax.vmap(lambda i: row(x, i))(index)
     sharding = in_type(x)
     if sharding is None or not any(sharding.spec[:1]):
-        return x[index]
-    chosen = jnp.expand_dims(positions(x) == index, range(1, x.ndim))
-    return jnp.sum(jnp.where(chosen, x, 0), axis=0, dtype=x.dtype)
+        found = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    else:
+        chosen = jnp.expand_dims(positions(x) == index, range(1, x.ndim))
+        found = jnp.sum(jnp.where(chosen, x, 0), axis=0, dtype=x.dtype)
+    missing = jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0
+    return jnp.where((index >= 0) & (index < len(x)), found, missing).astype(x.dtype)

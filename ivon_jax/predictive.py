@@ -236,7 +236,8 @@ def _scan_samples(fn, posterior, key, num_samples):
         key, strata_key = jax.random.split(key)
         strata = posterior.strata(strata_key, num_samples)
         keys = jax.random.split(key, num_samples)
-        members = Mixture(posterior.stacked)  # once, not in every step of the scan
+        stacked = posterior.stacked  # once, not in every step of the scan
+        members = Mixture.from_stacked(stacked)
         return scan_mean(
             lambda x: fn(members.member(x[0]).sample(x[1])), (strata, keys)
         )

@@ -64,6 +64,71 @@ def test_means_are_unbiased_where_the_samples_do_not_divide(num_samples, key):
     assert_mean(counts, num_samples / 3)
 
 
+AMBIGUOUS = {
+    "one vector": ivon_jax.Posterior(jnp.ones(2), jnp.ones(2)),
+    "a layer": ivon_jax.Posterior(
+        {"w": jnp.ones((3, 2)), "b": jnp.ones(3)},
+        {"w": jnp.ones((3, 2)), "b": jnp.ones(3)},
+    ),
+    "a frozen vector": ivon_jax.Posterior(
+        {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}, {"w": jnp.ones((3, 2)), "b": None}
+    ),
+}
+
+
+@pytest.mark.parametrize("q", AMBIGUOUS.values(), ids=AMBIGUOUS)
+def test_one_posterior_is_not_read_as_members(q):
+    message = "`posteriors` must be a list, got one Posterior that may be single or st"
+    mixture = ivon_jax.Mixture(q)
+    theta, key = q.mean, jax.random.key(0)
+    calls = (
+        lambda: mixture.num_members,
+        lambda: mixture.member(0),
+        lambda: mixture.sample(key),
+        lambda: mixture.strata(key, 2),
+        lambda: mixture.log_prob(theta),
+        lambda: ivon_jax.predict(lambda t: t, mixture, key, 2),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
+    single = ivon_jax.Mixture([q])
+    assert single.num_members == 1
+    np.testing.assert_allclose(single.log_prob(theta), q.log_prob(theta), rtol=1e-6)
+    stacked = ivon_jax.Mixture.from_stacked(q)
+    assert stacked.num_members == len(jax.tree.leaves(q)[0])
+    shapes = jax.tree.map(lambda x: x.shape[1:], theta)
+    assert jax.tree.map(jnp.shape, stacked.sample(key)) == shapes
+
+
+def test_members_are_counted_and_chosen_without_a_stack():
+    """Their arrays are the very same, and abstract ones will do."""
+    mixture = ivon_jax.Mixture(MEMBERS)
+    assert mixture.num_members == 3
+    for index in (1, np.int8(1), -2):
+        assert mixture.member(index) is MEMBERS[1]
+    assert "concatenate" not in str(jax.make_jaxpr(lambda m: m.num_members)(mixture))
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_there_is_no_member_beyond_the_last(form):
+    mixture = ivon_jax.Mixture(form)
+    for bad in (3, 5, -4, jnp.int32(3), jnp.array([0, 7])):
+        with pytest.raises(IndexError, match=r"`index` must be in -3\.\.2, got -?\d"):
+            mixture.member(bad)
+    for bad in (1.0, None, True, "1", jnp.float32(1)):
+        with pytest.raises(TypeError, match="`index` must be an integer, got"):
+            mixture.member(bad)
+    traced = jax.jit(lambda i: mixture.member(i).mean)
+    for bad in (3, 5, -4):
+        assert np.all(np.isnan(traced(bad)))
+    for good in (0, 2, -1, np.uint8(1)):
+        np.testing.assert_array_equal(traced(good), MEANS[good])
+        np.testing.assert_array_equal(mixture.member(good).mean, MEANS[good])
+    two = mixture.member(jnp.array([2, -3]))
+    np.testing.assert_array_equal(two.mean, MEANS[[2, 0]])
+
+
 def test_members_train_as_one_vmapped_program(key):
     """To the bits of training them one after the other."""
     tx = ivon_jax.ivon(0.1, ess=10, hess_init=1.0)
@@ -78,7 +143,7 @@ def test_members_train_as_one_vmapped_program(key):
 
     keys = jax.random.split(key, 4)
     together = jax.jit(jax.vmap(train))(keys)
-    mixture = ivon_jax.Mixture(together)
+    mixture = ivon_jax.Mixture.from_stacked(together)
     assert mixture.num_members == 4
     for i, member_key in enumerate(keys):
         alone = jax.jit(train)(member_key)

@@ -27,6 +27,7 @@ from .gaussians import (
     gaussian as gaussian,
     has_params as has_params,
     inside_sampled as inside_sampled,
+    member_index as member_index,
     members as members,
     natural_parameters as natural_parameters,
     one_curvature as one_curvature,

@@ -281,14 +281,22 @@ def prior_precision(precision, params):
     return like("prior.precision", precision, "`params`", params)
 
 
-def members(posteriors, posterior_type):
-    """Reject what is no mixture: nothing, or Gaussians over several trees."""
-    if isinstance(posteriors, posterior_type):
-        lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(posteriors)}
-        if len(lengths) != 1 or lengths == {()}:
+def members(posteriors, posterior_type, stacked_type):
+    """Reject what is no mixture: nothing, several trees, or one that is not stacked."""
+    if isinstance(posteriors, (posterior_type, stacked_type)):
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(posteriors)]
+        lengths = {shape[:1] for shape in shapes}
+        if len(lengths) != 1 or lengths & {(), (0,)}:
             raise ValueError(
                 "`posteriors` must have one leading axis of members in every array, "
                 f"got lengths {sorted(lengths)}. Of one posterior, pass a list."
+            )
+        if isinstance(posteriors, posterior_type) and min(map(len, shapes)) < 2:
+            raise ValueError(
+                "`posteriors` must be a list, got one Posterior that may be single or "
+                f"stacked, with an array of shape {min(shapes, key=len)}. Pass "
+                "`Mixture([posterior])`, or `Mixture.from_stacked(posterior)` for "
+                "members along the first axes."
             )
         return
     if not isinstance(posteriors, (list, tuple)):
@@ -305,6 +313,25 @@ def members(posteriors, posterior_type):
                 "`ivon_jax.posterior(params, opt_state)`."
             )
         like(f"posteriors[{i}]", q, "`posteriors[0]`", posteriors[0])
+
+
+def member_index(index, count):
+    """Return an index of a member in 0..count - 1 where it is known."""
+    if isinstance(index, (int, np.integer)) and not isinstance(index, bool):
+        low = high = int(index)
+    elif getattr(index, "dtype", None) is not None and jnp.issubdtype(
+        index.dtype, jnp.integer
+    ):
+        index = jnp.asarray(index)
+        low, high = extremes(index) or (0, 0)
+    else:
+        raise TypeError(f"`index` must be an integer, got {index!r}.")
+    if not -count <= low <= high < count:
+        bad = low if low < -count else high
+        raise IndexError(f"`index` must be in {-count}..{count - 1}, got {bad}.")
+    if isinstance(index, jax.Array):
+        return jnp.where(index < 0, index + count, index)
+    return low % count
 
 
 def some_precision(posterior):
