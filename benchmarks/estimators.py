@@ -76,10 +76,11 @@ def make_step(tx, estimator):
         params, opt_state = carry
         if estimator is None:
             grads = jax.grad(loss_fn)(params, images, labels)
+            updates, opt_state = tx.update(grads, opt_state, params)
         else:
             grad_fn = ivon_jax.value_and_grad(loss_fn, hess_estimator=estimator)
-            _, grads = grad_fn(key, params, opt_state, images, labels)
-        updates, opt_state = tx.update(grads, opt_state, params)
+            _, estimate = grad_fn(key, params, opt_state, images, labels)
+            updates, opt_state = estimate.update(tx, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     return step

@@ -10,6 +10,7 @@ from . import (
     pruning as pruning,
     sensitivity as sensitivity,
 )
+from ._estimate import Estimate as Estimate
 from ._gaussian import Posterior as Posterior
 from ._gradients import value_and_grad as value_and_grad
 from ._mixture import Mixture as Mixture
@@ -25,7 +26,6 @@ from ._posterior import (
 )
 from ._sampled import sampled as sampled
 from ._transform import (
-    Estimate as Estimate,
     IVONState as IVONState,
     ivon as ivon,
     scale_by_ivon as scale_by_ivon,

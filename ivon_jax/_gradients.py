@@ -53,7 +53,7 @@ def value_and_grad(
     >>> opt_state = tx.init(params)
     >>> grad_fn = ivon_jax.value_and_grad(loss_fn, mc_samples=4, microbatches=2)
     >>> loss, estimate = grad_fn(jax.random.key(0), params, opt_state, batch)
-    >>> updates, opt_state = tx.update(estimate, opt_state, params)
+    >>> updates, opt_state = estimate.update(tx, opt_state, params)
 
     Args:
       loss_fn: ``loss_fn(theta, *args)``, the *mean* loss per example, a scalar; with
@@ -109,10 +109,8 @@ def value_and_grad(
       a second time from the same key once the gradient is there, so that no memory
       holds it in the meantime.
 
-      Pass the `Estimate` to ``tx.update`` in the place of the gradients where IVON is
-      the outermost transformation, or ``tx.update(estimate.grad, opt_state, params,
-      hess=estimate.hess)`` within any wrapper: one that stands before IVON in a chain
-      would take the two halves of an `Estimate` for one gradient.
+      ``estimate.update(tx, opt_state, params)`` takes the step, through any optax
+      transformation.
 
     Raises:
       TypeError, ValueError: an argument, the loss or a batch is not as described; no

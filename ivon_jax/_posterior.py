@@ -75,7 +75,9 @@ def posterior(params: optax.Params, opt_state: optax.OptState) -> Posterior:
         states, as in `partition`, make one posterior.
 
     Returns:
-      A `Posterior` over all of `params`; what no IVON state owns is a point mass.
+      A `Posterior` over all of `params`; what no IVON state owns is a point mass. Its
+      mean is `params`, not a copy: where a later step donates `params` or `opt_state`,
+      keep ``jax.tree.map(jnp.copy, q)``.
 
     Raises:
       ValueError: no IVON state is in `opt_state`, two own the same parameter, or
@@ -177,7 +179,7 @@ def _unmasked(tree, params):
 def _merged(params, opt_state, values):
     """The trees ``values(state)`` in one like `params`, None for a point mass."""
     states = find_states(opt_state)
-    _checks.some_state(states)
+    _checks.some_state(states, opt_state)
 
     def owned(state):
         _checks.one_state(state)

@@ -13,6 +13,8 @@ ICML 2024, https://arxiv.org/abs/2402.17641
 
 import jax.numpy as jnp
 
+LARGEST_HESS = 1e15  # no curvature: sigma is below 1e-7 of a weight for any ess
+
 
 def precision(hess, ess, weight_decay):
     r"""Line 8: posterior precision :math:`1 / \sigma^2 = \lambda (h + \delta)`.
@@ -96,24 +98,46 @@ def next_hess(hess, hess_hat, b2, weight_decay):
     >>> print(next_hess(1.0, hess_hat=-10.0, b2=0.9, weight_decay=0.0))
     0.505
     """
-    lowest, highest = _representable(jnp.result_type(hess), weight_decay)
-    hess = jnp.clip(hess, lowest, highest)
+    lowest = _lowest(jnp.result_type(hess), weight_decay)
+    hess = _in_range(hess, weight_decay)
     step = (1.0 - b2) * (hess_hat - hess)
     change = step * (1.0 + 0.5 * step / (hess + weight_decay))
     # A sum comes last, not a clip: XLA repeats a clip wherever its result is used, and
     # then both the old and the new `hess` need memory.
-    return hess + jnp.clip(change, lowest - hess, highest - hess)
+    return hess + jnp.clip(change, lowest - hess, LARGEST_HESS - hess)
 
 
-def _representable(dtype, weight_decay):
-    """Return the range of `hess` where ``0 < hess + weight_decay < inf`` in floats.
+def usable(hess, hess_hat, b2, weight_decay):
+    r"""Whether line 5 can take `hess_hat`, entry by entry.
 
-    Repeated halving would round the sum to zero, a smaller `weight_decay` than before
-    could make it negative, and after an overflow the next step would be NaN.
+    Not where it is NaN or infinite, nor where line 5 would carry :math:`h` beyond
+    `LARGEST_HESS`: its square makes of a single wild gradient a precision from which
+    the moving average does not come back in any run.
+
+    >>> print(usable(hess=1.0, hess_hat=1e17, b2=0.99999, weight_decay=0.0))
+    False
+    """
+    hess = _in_range(hess, weight_decay)
+    step = (1.0 - b2) * (hess_hat - hess)
+    precision = hess + weight_decay
+    # Line 5 times the precision: a division would be too dear for XLA to repeat it
+    # wherever the answer is used. A comparison with NaN is not true.
+    change, largest = step * (precision + 0.5 * step), (LARGEST_HESS - hess) * precision
+    return change <= largest
+
+
+def _in_range(hess, weight_decay):
+    return jnp.clip(hess, _lowest(jnp.result_type(hess), weight_decay), LARGEST_HESS)
+
+
+def _lowest(dtype, weight_decay):
+    """Return the least `hess` of which the precision has an inverse in floats.
+
+    Repeated halving would round the sum to zero, and a smaller `weight_decay` than
+    before could make it negative.
     """
     info = jnp.finfo(dtype)
-    lowest = 2.0 * float(info.tiny) - (1.0 - float(info.eps)) * weight_decay
-    return lowest, float(info.max) ** 0.5
+    return float(info.tiny) ** 0.5 - (1.0 - float(info.eps)) * weight_decay
 
 
 def debiased(momentum, b1, count):

@@ -64,7 +64,9 @@ def sampled(
         has no IVON, is `sampled` itself, or has `optax.MultiSteps`, which belongs
         around.
     """
-    _checks.transformation("tx", tx)
+    _checks.transformation(
+        "tx", tx, "ivon_jax.sampled(ivon_jax.ivon(...), jax.random.key(0))"
+    )
     key = _checks.random_key("key", key)
     impl = jax.random.key_impl(key)
     tx = optax.with_extra_args_support(tx)

@@ -8,9 +8,14 @@ import numpy as np
 import optax
 
 from . import _checks, _rules
+from ._estimate import Estimate
 from ._gaussian import Posterior
 
 WEIGHT_DECAY = 1e-4
+# With h up to 1e15 the precision ess (h + weight_decay), and its inverse, are finite
+# in float32.
+ESS_RANGE = (1e-15, 1e18)
+HESS_RANGE = (1e-15, _rules.LARGEST_HESS)
 
 
 class IVONState(NamedTuple):
@@ -22,17 +27,6 @@ class IVONState(NamedTuple):
     momentum: optax.Updates  # shapes of params, float32 or wider: g
     hess: optax.Updates  # shapes of params, float32 or wider: h > -delta, per example
     prior: Posterior | None  # shapes of params, float32 or wider; None: weight_decay's
-
-
-class Estimate(NamedTuple):
-    """What one step learns of the mean loss: `update` takes it for gradients.
-
-    Both are averages over samples, micro-batches and devices, as `value_and_grad` makes
-    them: the product of gradient and noise comes before the mean.
-    """
-
-    grad: optax.Updates  # shapes of params, float32 or wider: g hat, per example
-    hess: optax.Updates  # the same: h hat, per example; None for a point mass
 
 
 class _Step(NamedTuple):
@@ -78,7 +72,7 @@ def ivon(
     weight_decay: jax.typing.ArrayLike = WEIGHT_DECAY,
     prior: Posterior | None = None,
     clip_radius: jax.typing.ArrayLike | None = None,
-    rescale_lr: bool = True,
+    rescale_lr: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Improved Variational Online Newton: train a Gaussian over the parameters.
 
@@ -124,12 +118,14 @@ def ivon(
         ``Posterior.isotropic(pretrained, ess * weight_decay)`` fine-tunes towards
         pretrained weights. `m` above becomes its distance from the prior's mean,
         :math:`\delta` the prior's precision divided by :math:`\lambda`. `hess_init`
-        and `h` are of the new data alone. The state keeps a copy of it.
+        and `h` are of the new data alone. The state keeps a copy of it: another prior
+        needs a new state, ``tx.init(params)``.
       clip_radius: :math:`\xi`, largest absolute value of an entry of the direction,
         before the learning rate; None does not clip. 1e-3 steadies transformers.
       rescale_lr: multiply the learning rate by ``hess_init + weight_decay``, so that
         the first steps are as long as SGD's (with a `prior` by ``hess_init``, so that
-        they are shorter where it is narrow). The paper turns it off when clipping.
+        they are shorter where it is narrow). None does so unless `clip_radius` is
+        given, as in the paper: it would bound the steps by less than `clip_radius`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. ``update(grads, state, params)`` also
@@ -137,14 +133,20 @@ def ivon(
 
       * ``sample=theta``, the draw at which `grads` was taken. `theta` has the shapes of
         `params`; its rounding error goes into :math:`\hat h`, so keep float32
-        parameters and cast to bfloat16 inside the loss. With `params` for `theta` the
-        Hessian decays to zero, without a word.
-      * ``hess=``, any estimate of the Hessian diagonal of the mean loss,
+        parameters and cast to bfloat16 inside the loss. `params` itself is refused for
+        `theta`: the Hessian would decay to zero.
+      * ``hess=``, any estimate of the Hessian diagonal of the mean loss.
 
-      or an `Estimate` for `grads`, which carries both.
+      ``estimate.update(tx, state, params)`` passes an `Estimate` on as both, through
+      any transformation around. ``update(estimate, state, params)`` is for trainers
+      that know gradients alone: nothing may stand before IVON there.
 
       State arrays are float32, or wider where a parameter is; updates have the
-      parameters' dtypes.
+      parameters' dtypes. An entry of :math:`\hat h` that is not finite, or that would
+      carry `h` beyond 1e15 (as a gradient of 1e15 does), counts as a NaN gradient: the
+      update and `g` are NaN, while `h` stays what it was. Clip gradients that may be
+      so large. `optax.apply_if_finite` skips steps with a gradient that is not finite,
+      and with ``estimate.update`` those with such an :math:`\hat h`.
 
     Raises:
       TypeError, ValueError: an argument is of the wrong kind or out of range.
@@ -155,11 +157,14 @@ def ivon(
     """
     if not callable(learning_rate):
         learning_rate = _checks.non_negative("learning_rate", learning_rate)
-    hess_init = _checks.positive("hess_init", hess_init)
-    weight_decay = _checks.non_negative("weight_decay", weight_decay)
+        _checks.arguments_in_order(learning_rate, ess)
+    hess_init = _checks.bounded("hess_init", hess_init, *HESS_RANGE)
+    weight_decay = _checks.bounded("weight_decay", weight_decay, 0.0, HESS_RANGE[1])
     steps = [_preconditioner(ess, hess_init, b1, b2, weight_decay, prior)]
     if clip_radius is not None:
         steps.append(optax.clip(_checks.positive("clip_radius", clip_radius)))
+    if rescale_lr is None:
+        rescale_lr = clip_radius is None
     if _checks.boolean("rescale_lr", rescale_lr):
         decay = weight_decay if prior is None else 0.0
         steps.append(optax.scale(hess_init + decay))
@@ -169,19 +174,19 @@ def ivon(
 
 def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior):
     """Algorithm 1 without its learning rate; directions are float32 or wider."""
-    ess = _checks.positive("ess", ess)
-    hess_init = _checks.positive("hess_init", hess_init)
+    ess = _checks.bounded("ess", ess, *ESS_RANGE)
+    hess_init = _checks.bounded("hess_init", hess_init, *HESS_RANGE)
     b1 = _checks.decay_rate("b1", b1)
     b2 = _checks.decay_rate("b2", b2)
-    weight_decay = _checks.non_negative("weight_decay", weight_decay)
+    weight_decay = _checks.bounded("weight_decay", weight_decay, 0.0, HESS_RANGE[1])
     _checks.one_prior(prior, Posterior, weight_decay, WEIGHT_DECAY)
 
     def init(params):
         _checks.floating_leaves(params)
         return IVONState(
             count=jnp.zeros([], jnp.int32),
-            ess=jnp.asarray(ess, dtype=float),
-            weight_decay=jnp.asarray(weight_decay, dtype=float),
+            ess=jnp.array(ess, dtype=float),
+            weight_decay=jnp.array(weight_decay, dtype=float),
             momentum=jax.tree.map(lambda p: _accumulator(p, 0.0), params),
             hess=jax.tree.map(lambda p: _accumulator(p, hess_init), params),
             prior=None if prior is None else _prior_of(prior, params),
@@ -189,18 +194,23 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior):
 
     def update(grads, state, params=None, *, sample=None, hess=None, **extra_args):
         at_mean = extra_args.get("at_mean")  # of `sampled` alone
+        _checks.same_kind_of_prior(prior, state)
         estimate = _estimate(grads, state, params, sample, hess, at_mean)
         count = optax.safe_increment(state.count)
         state = state._replace(
             count=count,
-            ess=jnp.asarray(ess, state.ess.dtype),
-            weight_decay=jnp.asarray(weight_decay, state.weight_decay.dtype),
+            ess=jnp.array(ess, state.ess.dtype),
+            weight_decay=jnp.array(weight_decay, state.weight_decay.dtype),
         )
         distance = params if state.prior is None else _distance(params, state.prior)
 
         def step(h, g, delta, mean, grad, hess_hat):
             values = (delta, mean, grad, hess_hat, count, b1, b2)
             delta, mean, grad, hess_hat, t, b1_, b2_ = _cast(h.dtype, *values)
+            # A select of what goes in costs no memory, one of what comes out does.
+            usable = _rules.usable(h, hess_hat, b2_, delta)
+            grad = jnp.where(usable, grad, jnp.nan)
+            hess_hat = jnp.where(usable, hess_hat, h)
             g = _rules.next_momentum(g, grad, b1_)
             h = _rules.next_hess(h, hess_hat, b2_, delta)
             g_bar = _rules.debiased(g, b1_, t)
@@ -227,6 +237,8 @@ def weight_decays(state: IVONState) -> optax.Params:
 
 def _prior_of(prior, params):
     """The prior of what `params` owns, in its shapes and sharding; never an alias."""
+    if not jax.tree.leaves(params):
+        return Posterior(params, params)  # such as optax's placeholder for parameters
     prior = _boxed(prior, params)
     mean = _checks.like("prior.mean", prior.mean, "`params`", params)
     precision = _checks.prior_precision(prior.precision, params)
@@ -265,15 +277,16 @@ def _estimate(grads, state, params, sample, hess, at_mean=None):
     _checks.like("params", params, "the optimizer's state", state.hess)
     _checks.one_curvature(sample, hess, grads, Estimate)
     if isinstance(grads, Estimate):
-        grads, hess = grads
+        grads, hess = grads.opened()
     grads = _checks.like("grads", grads, "`params`", params)
     if sample is not None:
         sample = _checks.like("sample", sample, "`params`", params)
+        _checks.a_draw(sample, params)
         hess = _hess_estimate(grads, sample, params, state)
         if at_mean is not None:  # a gradient there tells nothing of h: it stays
             hess = jax.tree.map(lambda *x: jnp.where(at_mean, *x), state.hess, hess)
-        return Estimate(grads, hess)
-    return Estimate(grads, _checks.like("hess", hess, "`params`", params))
+        return grads, hess
+    return grads, _checks.like("hess", hess, "`params`", params)
 
 
 def _hess_estimate(grads, sample, params, state):
@@ -293,6 +306,7 @@ def _in_params_dtype(tx):
     """Round the updates of `tx` to the parameters' dtypes, once, at the end."""
 
     def update(grads, state, params=None, **extra_args):
+        _checks.own_state(state, IVONState)
         updates, state = tx.update(grads, state, params, **extra_args)
         return optax.tree.cast_like(updates, params), state
 
@@ -305,6 +319,8 @@ def _accumulator(param, value):
     bfloat16 has 8 bits of precision: the Hessian could not move by 1e-5 of itself.
     """
     dtype = np.promote_types(jnp.result_type(param), jnp.float32)
+    # Of a scalar, `full_like` would return `value` itself, which may be the caller's.
+    value = jnp.array(value, dtype)
     full = jnp.full_like(param, value, dtype=dtype)
     if not isinstance(param, jax.core.Tracer):
         return full

@@ -1,15 +1,16 @@
 """IVON in Flax: a linen `TrainState` that samples, and NNX models drawn from q."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import optax
 from flax import nnx
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
 from . import _checks, _gradients, _posterior
-from ._transform import Estimate
+from ._estimate import Estimate, with_extra_args
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -17,7 +18,9 @@ Model = TypeVar("Model", bound=nnx.Module)
 class TrainState(train_state.TrainState):
     """Flax's linen train state, with samples of the posterior.
 
-    With a ``tx`` that has no IVON in it, `apply_gradients` is Flax's own.
+    With a ``tx`` that has no IVON in it, `apply_gradients` is Flax's own. ``tx`` may be
+    an `optax.MultiSteps`: then hold one sample over a window, as it averages gradients.
+    What Flax overwrites with its gradient (scales of fp8) is a point mass.
 
     >>> import ivon_jax.flax
     >>> import jax.numpy as jnp
@@ -34,11 +37,15 @@ class TrainState(train_state.TrainState):
 
     def sample(self, key: jax.Array) -> optax.Params:
         """Draw parameters from the posterior; see `ivon_jax.sample`."""
-        return _posterior.sample(key, self.params, self.opt_state)
+        return self.posterior().sample(key)
 
     def posterior(self) -> _posterior.Posterior:
         """Return the Gaussian over the parameters; see `ivon_jax.posterior`."""
-        return _posterior.posterior(self.params, self.opt_state)
+        q = _posterior.posterior(_trained(self.params), self.opt_state)
+        point_masses = jax.tree.map(lambda _: None, self.params)
+        rest = _overwritten(point_masses)
+        precision = _with_trained(self.params, q.precision, rest)
+        return _posterior.Posterior(_with_trained(self.params, q.mean), precision)
 
     def apply_gradients(
         self,
@@ -52,7 +59,8 @@ class TrainState(train_state.TrainState):
 
         Args:
           grads: gradients at `sample`, a tree like ``params``, or the `Estimate` of
-            `ivon_jax.value_and_grad`, here within any optax wrapper.
+            `ivon_jax.value_and_grad`, here within any optax wrapper. (Flax's own train
+            state takes an `Estimate`, too, where nothing stands before IVON in ``tx``.)
           sample: what `sample` returned, where `grads` was taken.
           hess: an estimate of the Hessian diagonal of the mean loss.
           **kwargs: other fields of the state to replace, as in Flax.
@@ -64,15 +72,35 @@ class TrainState(train_state.TrainState):
           ValueError: as ``tx.update`` of `ivon_jax.ivon`.
         """
         if isinstance(grads, Estimate) and sample is None and hess is None:
-            grads, hess = grads
-        tx = optax.with_extra_args_support(self.tx)
-        updates, opt_state = tx.update(
-            grads, self.opt_state, self.params, sample=sample, hess=hess
+            grads, hess = grads.opened()
+        overwritten = _overwritten(grads)
+        grads, sample, hess, params = map(_trained, (grads, sample, hess, self.params))
+        updates, opt_state = with_extra_args(self.tx).update(
+            grads, self.opt_state, params, sample=sample, hess=hess
         )
-        params = optax.apply_updates(self.params, updates)
+        params = optax.apply_updates(params, updates)
+        params = _with_trained(self.params, params, overwritten)
         return self.replace(
             step=self.step + 1, params=params, opt_state=opt_state, **kwargs
         )
+
+
+def _overwritten(tree):
+    """The collection whose gradients are its next values, as Flax has it, or None."""
+    if isinstance(tree, Mapping) and OVERWRITE_WITH_GRADIENT in tree:
+        return {OVERWRITE_WITH_GRADIENT: tree[OVERWRITE_WITH_GRADIENT]}
+    return None
+
+
+def _trained(tree):
+    """What the optimizer trains: all, or one collection beside the overwritten one."""
+    return tree if _overwritten(tree) is None else tree["params"]
+
+
+def _with_trained(params, trained, rest=None):
+    """`params` with other values for what the optimizer trains, and for the rest."""
+    own = _overwritten(params)
+    return trained if own is None else {"params": trained} | own | (rest or {})
 
 
 def sample(key: jax.Array, model: Model, optimizer: nnx.Optimizer) -> Model:
@@ -103,8 +131,10 @@ def sample(key: jax.Array, model: Model, optimizer: nnx.Optimizer) -> Model:
       writes to one is seen by both.
 
     Raises:
+      TypeError: the arguments are of other kinds, or in another order.
       ValueError: no IVON state is in the optimizer.
     """
+    _checks.nnx_arguments("sample(key, model, optimizer)", model, optimizer)
     graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
     opt_state = arrays(optimizer.opt_state)
     return nnx.merge(graphdef, _posterior.sample(key, arrays(params), opt_state), rest)
@@ -135,6 +165,7 @@ def mean(model: Model, optimizer: nnx.Optimizer) -> Model:
       A model of the same kind. Its other variables are `model`'s own, as in `sample`;
       the mean of parameters with few bits is float32.
     """
+    _checks.nnx_arguments("mean(model, optimizer)", model, optimizer)
     graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
     params = _posterior.mean(arrays(params), arrays(optimizer.opt_state))
     return nnx.merge(graphdef, params, rest)
@@ -185,6 +216,8 @@ def value_and_grad(
     has_aux = options.pop("has_aux", False)
 
     def estimate(key, model, optimizer, *args):
+        order = "(key, model, optimizer, *args)"
+        _checks.nnx_arguments(order, model, optimizer)
         of_optimizer = nnx.state(model, optimizer.wrt)
         graphdef, params, keys, rest = nnx.split(model, wrt, nnx.RngKey, ...)
         _checks.same_filter(params, of_optimizer, wrt, optimizer.wrt)
@@ -254,8 +287,10 @@ def posterior(model: nnx.Module, optimizer: nnx.Optimizer) -> _posterior.Posteri
       may be the ``prior=`` of another optimizer of `model`.
 
     Raises:
+      TypeError: the arguments are of other kinds, or in another order.
       ValueError: no IVON state is in the optimizer.
     """
+    _checks.nnx_arguments("posterior(model, optimizer)", model, optimizer)
     params = arrays(nnx.state(model, optimizer.wrt))
     return _posterior.posterior(params, arrays(optimizer.opt_state))
 
@@ -265,6 +300,7 @@ def prior(model: nnx.Module, optimizer: nnx.Optimizer) -> _posterior.Posterior:
 
     Both arguments, the result and the errors are as for `posterior`.
     """
+    _checks.nnx_arguments("prior(model, optimizer)", model, optimizer)
     params = arrays(nnx.state(model, optimizer.wrt))
     return _posterior.prior(params, arrays(optimizer.opt_state))
 

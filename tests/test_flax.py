@@ -475,3 +475,93 @@ def test_our_train_state_reads_the_mean_too():
     theta = state.sample(KEY)
     chex.assert_trees_all_equal(theta, state.posterior().sample(KEY))
     state.apply_gradients(grads=jax.grad(linen_loss)(theta, X), sample=theta)
+
+
+OVERWRITE = "_overwrite_with_gradient"
+
+
+def fp8_states(tx):
+    """Ours and Flax's, with a collection whose gradients are its next values."""
+    params = {"params": {"w": jnp.ones(3)}, OVERWRITE: {"scale": jnp.ones(2)}}
+    classes = ivon_jax.flax.TrainState, train_state.TrainState
+    return [cls.create(apply_fn=len, params=params, tx=tx) for cls in classes]
+
+
+FP8_GRADS = {"params": {"w": jnp.ones(3)}, OVERWRITE: {"scale": jnp.full(2, 7.0)}}
+
+
+def test_linen_overwrites_what_flax_overwrites():
+    ours, flaxs = (
+        state.apply_gradients(grads=FP8_GRADS) for state in fp8_states(optax.sgd(0.1))
+    )
+    chex.assert_trees_all_equal(ours.params, flaxs.params)
+    np.testing.assert_array_equal(ours.params[OVERWRITE]["scale"], 7.0)
+
+
+def test_linen_samples_beside_what_is_overwritten(key):
+    """Which is a point mass; the step is that of the rest alone."""
+    state, _ = fp8_states(TX)
+    theta = state.sample(key)
+    q = state.posterior()
+    chex.assert_trees_all_equal(theta, q.sample(key))
+    np.testing.assert_array_equal(theta[OVERWRITE]["scale"], 1.0)
+    assert jnp.all(theta["params"]["w"] != 1.0)
+    assert q.precision[OVERWRITE]["scale"] is None
+    new_state = state.apply_gradients(grads=FP8_GRADS, sample=theta)
+    trees = (state.params, state.opt_state, theta, FP8_GRADS)
+    mean, opt_state, theta, grads = (
+        tree["params"] if isinstance(tree, dict) else tree for tree in trees
+    )
+    expected, _ = plain_step(TX, mean, opt_state, theta, grads)
+    chex.assert_trees_all_close(new_state.params["params"], expected, rtol=1e-6)
+    np.testing.assert_array_equal(new_state.params[OVERWRITE]["scale"], 7.0)
+
+
+@pytest.mark.parametrize("source", ["sample", "hess", "estimate"])
+def test_linen_trains_with_multi_steps(source):
+    """The second step moves the parameters, as with `MultiSteps` itself."""
+    multi = optax.MultiSteps(TX, 2)
+    params = {"w": jnp.ones(3)}
+    state = ivon_jax.flax.TrainState.create(apply_fn=len, params=params, tx=multi)
+    theta = state.sample(jax.random.key(0))
+    arguments = {
+        "sample": {"grads": params, "sample": theta},
+        "hess": {"grads": params, "hess": params},
+        "estimate": {"grads": ivon_jax.Estimate(params, params)},
+    }[source]
+    held = {"sample": theta} if source == "sample" else {"hess": params}
+    opt_state, updates = multi.init(params), None
+    for _ in range(2):
+        state = state.apply_gradients(**arguments)
+        updates, opt_state = multi.update(params, opt_state, params, **held)
+    expected = optax.apply_updates(params, updates)
+    chex.assert_trees_all_close(state.params, expected, rtol=1e-6)
+    assert jnp.all(state.params["w"] != 1.0)
+
+
+@pytest.mark.parametrize(
+    ("order", "name", "got"),
+    [
+        ((0, 2, 1), "optimizer", "NNX"),
+        ((1, 2, 0), "optimizer", "PRNGKeyArray"),
+        ((2, 0, 1), "optimizer", "NNX"),
+        ((1, 0, 2), "model", "PRNGKeyArray"),
+        ((0, 2, 2), "model", "Optimizer"),
+    ],
+)
+def test_arguments_in_another_order_are_named(order, name, got):
+    model, optimizer = nnx_model()
+    arguments = jax.random.key(0), model, optimizer
+    message = (
+        f"`{name}` must be an .* got {got}. "
+        r"The order is `sample\(key, model, optimizer\)`"
+    )
+    with pytest.raises(TypeError, match=message):
+        ivon_jax.flax.sample(*(arguments[i] for i in order))
+
+
+@pytest.mark.parametrize("read", [ivon_jax.flax.posterior, ivon_jax.flax.prior])
+def test_a_model_for_an_optimizer_is_named(read):
+    model, optimizer = nnx_model()
+    with pytest.raises(TypeError, match="`optimizer` must be an"):
+        read(optimizer, model)

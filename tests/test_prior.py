@@ -97,7 +97,8 @@ def test_every_step_follows_the_rules_with_the_prior_in_them():
     rng = np.random.default_rng(0)
     m0, s0 = rng.normal(size=5), rng.uniform(1, 9, size=5)
     prior = ivon_jax.Posterior(jnp.asarray(m0), jnp.asarray(s0))
-    tx = ivon_jax.ivon(0.1, ess=50, hess_init=0.7, b2=0.9, prior=prior, clip_radius=0.5)
+    settings = {"ess": 50, "hess_init": 0.7, "b2": 0.9, "rescale_lr": True}
+    tx = ivon_jax.ivon(0.1, prior=prior, clip_radius=0.5, **settings)
     params = jnp.asarray(rng.normal(size=5))
     opt_state = tx.init(params)
     m, h, g = np.array(params), np.full(5, 0.7), np.zeros(5)
@@ -239,3 +240,26 @@ def test_two_priors_are_an_error():
     message = "`weight_decay` must be left out where `prior` is given, got 0.1."
     with pytest.raises(ValueError, match=re.escape(message)):
         ivon_jax.ivon(0.1, ess=10, prior=PRIOR, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(("made", "now"), [(None, PRIOR), (PRIOR, None)])
+def test_a_prior_that_the_state_has_not_is_an_error(made, now):
+    """And one that `ivon` has not: neither is used in silence."""
+    made, now = (ivon_jax.ivon(0.1, ess=10, prior=prior) for prior in (made, now))
+    message = "`prior` must be what the state was made with: it was made with"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        now.update(PARAMS, made.init(PARAMS), PARAMS, hess=PARAMS)
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, *WRAPPERS.values()])
+def test_optax_tells_the_prior_from_scalars(wrap):
+    """`optax.tree.map_params` maps what is like params; `init` has a placeholder."""
+    params = {"w": jnp.ones(3), "b": jnp.ones(2)}
+    prior = ivon_jax.Posterior.isotropic(params, 2.0)
+    tx = wrap(ivon_jax.ivon(0.1, ess=10, prior=prior))
+    mapped = optax.tree.map_params(
+        tx, lambda _: "param", tx.init(params), transform_non_params=lambda _: "other"
+    )
+    [state] = ivon_jax.find_states(mapped)
+    assert set(jax.tree.leaves((state.hess, state.prior))) == {"param"}
+    assert (state.count, state.ess, state.weight_decay) == ("other",) * 3

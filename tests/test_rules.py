@@ -108,3 +108,16 @@ def test_debiased_momentum_of_a_constant_gradient_is_that_gradient():
         np.testing.assert_allclose(
             _rules.debiased(momentum, 0.9, f32(t)), 3.0, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("hess_hat", [jnp.nan, jnp.inf, -jnp.inf, 1e25, -1e25])
+def test_an_estimate_out_of_reach_is_unusable(hess_hat):
+    assert not _rules.usable(f32(1.0), f32(hess_hat), 0.999, 1e-4)
+
+
+@pytest.mark.parametrize("hess", [1e-19, 1e-6, 1.0, 1e6, 1e15])
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-4, 1.0])
+def test_estimates_up_to_the_largest_hess_are_usable(hess, weight_decay):
+    """The rule is Algorithm 1's exactly as long as h stays below 1e15."""
+    hess_hat = hess * f32([0.0, -1.0, 1.0, 0.5, -0.5, -1e3 * (hess < 1e9)])
+    assert jnp.all(_rules.usable(f32(hess), hess_hat, 0.99999, weight_decay))

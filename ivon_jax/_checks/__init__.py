@@ -25,16 +25,10 @@ from .functions import (
 from .gaussians import (
     curvature as curvature,
     gaussian as gaussian,
-    has_params as has_params,
-    inside_sampled as inside_sampled,
     member_index as member_index,
     members as members,
     natural_parameters as natural_parameters,
-    one_curvature as one_curvature,
-    one_owner as one_owner,
     one_prior as one_prior,
-    one_state as one_state,
-    params_of_sampled as params_of_sampled,
     posterior_to_sample as posterior_to_sample,
     precision_like_mean as precision_like_mean,
     precisions as precisions,
@@ -43,12 +37,12 @@ from .gaussians import (
     some_curvature as some_curvature,
     some_entries as some_entries,
     some_precision as some_precision,
-    some_state as some_state,
-    transformation as transformation,
 )
 from .scalars import (
+    arguments_in_order as arguments_in_order,
     axis_index as axis_index,
     boolean as boolean,
+    bounded as bounded,
     choice as choice,
     decay_rate as decay_rate,
     extremes as extremes,
@@ -64,6 +58,21 @@ from .scalars import (
     positive as positive,
     random_key as random_key,
     shape as shape,
+)
+from .states import (
+    a_draw as a_draw,
+    has_params as has_params,
+    inside_sampled as inside_sampled,
+    nnx_arguments as nnx_arguments,
+    one_curvature as one_curvature,
+    one_owner as one_owner,
+    one_state as one_state,
+    own_state as own_state,
+    params_of_sampled as params_of_sampled,
+    same_kind_of_prior as same_kind_of_prior,
+    some_state as some_state,
+    transformation as transformation,
+    unbroken as unbroken,
 )
 from .trees import (
     batch_size as batch_size,

@@ -1,119 +1,13 @@
-"""Optimizer states and posteriors: what IVON trains, its priors and curvatures."""
+"""Gaussians: posteriors, their priors and curvatures."""
 
 import numbers
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from .scalars import extremes, known, least_and_greatest, non_negative
 from .trees import is_masked, like, non_negative_array
-
-
-def one_curvature(sample, hess, grads, estimate_type):
-    """Reject an update that has no source for the Hessian, or several."""
-    sources = {"sample": sample, "hess": hess, "an `Estimate` for `grads`": None}
-    if isinstance(grads, estimate_type):
-        sources["an `Estimate` for `grads`"] = grads
-    given = [name for name, source in sources.items() if source is not None]
-    if len(given) != 1:
-        raise ValueError(
-            "`update` needs exactly one source of the Hessian, got "
-            f"{' and '.join(given) or 'none'}. Pass `sample=theta`, the theta of "
-            "`ivon_jax.sample(key, params, opt_state)` where the gradient was taken, "
-            "or `hess=`, an estimate of the Hessian diagonal, or the `Estimate` of "
-            "`ivon_jax.value_and_grad` in the place of the gradients."
-        )
-
-
-def has_params(params):
-    """Reject an update without the mean."""
-    if params is None:
-        raise ValueError(
-            "`update` needs `params`, the posterior mean, got None. Call "
-            "`tx.update(grads, opt_state, params, sample=theta)`."
-        )
-
-
-def transformation(name, tx):
-    """Reject what is no optimizer, arguments in the wrong order above all."""
-    if not (callable(getattr(tx, "init", None)) and hasattr(tx, "update")):
-        raise TypeError(
-            f"`{name}` must be an optax transformation, got {type(tx).__name__}. Call "
-            "`ivon_jax.sampled(ivon_jax.ivon(...), jax.random.key(0))`."
-        )
-
-
-def inside_sampled(inner_state, ivon_states, sampled_type):
-    """Reject transformations that `sampled` would train wrongly, without a word."""
-    if not ivon_states:
-        raise ValueError(
-            "`tx` must have `ivon_jax.ivon` or `ivon_jax.scale_by_ivon` inside, got "
-            "none: there is nothing to sample. Pass another optimizer as it is."
-        )
-    wrong = {
-        sampled_type: "it is `ivon_jax.sampled` already. Call that once, outermost",
-        optax.MultiStepsState: (
-            "a sample must stay until its gradients are all there. Put it around, "
-            "`optax.MultiSteps(ivon_jax.sampled(tx, key), every_k_schedule)`"
-        ),
-    }
-
-    def is_wrong(node):
-        return isinstance(node, tuple(wrong))
-
-    for node in filter(is_wrong, jax.tree.leaves(inner_state, is_leaf=is_wrong)):
-        raise ValueError(
-            f"`tx` must not have a {type(node).__name__}, got one: {wrong[type(node)]}."
-        )
-
-
-def params_of_sampled(params, grads, mean):
-    """Return the trainer's parameters, None where rounding errors can't add up."""
-    if params is not None:
-        return like("params", params, "the optimizer's state", mean)
-    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        dtype = jnp.result_type(grad)
-        if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
-            raise ValueError(
-                "`update` needs `params` where they are in low precision, got None "
-                f"with {dtype} at grads{jax.tree_util.keystr(path)}: the rounding "
-                "errors of all steps would add up. Call "
-                "`tx.update(grads, opt_state, params)`."
-            )
-    return None
-
-
-def one_state(state):
-    """Reject a batch of states, which would broadcast along the wrong axes."""
-    if jnp.shape(state.ess):
-        raise ValueError(
-            "`opt_state` must be one state, got a batch of shape "
-            f"{jnp.shape(state.ess)}. Call under `jax.vmap`."
-        )
-
-
-def some_state(states):
-    """Reject an optimizer state without IVON."""
-    if not states:
-        raise ValueError(
-            "`opt_state` must contain the state of `ivon_jax.ivon` or "
-            "`ivon_jax.scale_by_ivon`, got none. Pass the state that `tx.init(params)` "
-            "or `tx.update(...)` returned."
-        )
-
-
-def one_owner(param, *precisions):
-    """Return the precision of the one state that owns `param`, None where none does."""
-    owned = [precision for precision in precisions if precision is not None]
-    if len(owned) > 1:
-        raise ValueError(
-            f"`opt_state` must have one IVON state for each parameter, got "
-            f"{len(owned)} for a parameter of shape {jnp.shape(param)}. Keep them "
-            "apart with `optax.partition`."
-        )
-    return owned[0] if owned else None
 
 
 def posterior_to_sample(posterior):

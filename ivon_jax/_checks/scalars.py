@@ -31,6 +31,30 @@ def non_negative(name, value):
     return scalar
 
 
+def bounded(name, value, low, high):
+    """Return a scalar in [low, high], which are positive, or zero where low is."""
+    check = positive if low else non_negative
+    scalar = check(name, value)
+    number = _scalar(name, scalar)[1]
+    if number is not None and number < low:
+        raise ValueError(f"`{name}` must be at least {low:.2g}, got {value}.")
+    if number is not None and number > high:
+        raise ValueError(f"`{name}` must be at most {high:.2g}, got {value}.")
+    return scalar
+
+
+def arguments_in_order(learning_rate, ess):
+    """Reject a learning rate and a number of examples in each other's place."""
+    known = not callable(learning_rate)
+    rate = _scalar("learning_rate", learning_rate)[1] if known else None
+    size = 1.0 if callable(ess) else _scalar("ess", ess)[1]
+    if None not in (rate, size) and rate >= 10.0 and 0.0 < size <= 1.0:
+        raise ValueError(
+            "`learning_rate` must come first, then `ess`, the number of examples, got "
+            f"{learning_rate} and {ess}. Call `ivon(learning_rate=..., ess=...)`."
+        )
+
+
 def decay_rate(name, value):
     """Return a scalar in [0, 1)."""
     scalar, number = _scalar(name, value)

@@ -1,0 +1,167 @@
+"""What one step learns of the loss: a gradient and a Hessian estimate, kept apart."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from . import _checks
+
+# Scaling, clipping and centring move the first number, adding to it the second. An
+# average over equal ones moves neither.
+SEAL = np.array([[2.0**60, 0.0]], np.float32)
+LONGEST_STACK = 4096
+
+
+class _Sealed(NamedTuple):
+    """One part of the tree, so that one spec or axis stands for both."""
+
+    hess: optax.Updates
+    seal: jax.Array  # (..., 1, 2): SEAL
+
+
+class _Shown(type):
+    """What jax's errors about trees say of an `Estimate`: they print its type."""
+
+    def __repr__(cls):
+        return (
+            "<class 'ivon_jax.Estimate'> (pass it on by "
+            "`estimate.update(tx, opt_state, params)`)"
+        )
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Estimate(metaclass=_Shown):
+    r"""What one step learns of the mean loss: its gradient and Hessian diagonal.
+
+    Both are averages over samples, micro-batches and devices, as `value_and_grad` makes
+    them: the product of gradient and noise comes before the mean. `update` takes a step
+    with both, through any optax transformation:
+
+    >>> import ivon_jax
+    >>> tx = optax.chain(optax.clip_by_global_norm(1.0), ivon_jax.ivon(0.1, ess=1000))
+    >>> params = jnp.zeros(2)
+    >>> estimate = Estimate(grad=jnp.array([3.0, 4.0]), hess=jnp.ones(2))
+    >>> updates, opt_state = estimate.update(tx, tx.init(params), params)
+    >>> print(updates.round(4))
+    [-0.06 -0.08]
+    >>> grad, hess = estimate
+
+    It is a pytree, for ``jit``, ``scan``, ``vmap`` and means over devices. Beside the
+    two it carries a seal, a constant that whatever scales, clips or shifts the tree as
+    if it were one gradient changes: then a step with it is an error, and all NaN
+    under ``jit``. For an estimate that you change on purpose, make a new one.
+
+    Attributes:
+      grad: :math:`\hat g`, per example; the shapes of the parameters.
+      hess: :math:`\hat h`, the same; None for a point mass.
+    """
+
+    def __init__(self, grad: optax.Updates, hess: optax.Updates):
+        self.grad, self.hess = grad, hess
+        self._seal = _seal_of(jax.tree.leaves(grad))
+
+    def __iter__(self) -> Iterator[optax.Updates]:
+        return iter((self.grad, self.hess))
+
+    def __contains__(self, name: Any) -> bool:
+        """Say no: Flax's train state asks for a collection by its name."""
+        return False
+
+    def __repr__(self) -> str:
+        return f"Estimate(grad={self.grad}, hess={self.hess})"
+
+    def update(
+        self,
+        tx: optax.GradientTransformation | optax.MultiSteps,
+        opt_state: optax.OptState,
+        params: optax.Params,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        r"""Call ``tx.update(grad, opt_state, params, hess=hess)``.
+
+        Transformations before IVON act on the gradient alone, wrappers hand both on. A
+        gradient entry is NaN where :math:`\hat h` is not finite, so that
+        `optax.apply_if_finite` skips such a step. `optax.MultiSteps` averages the
+        gradients of a window, and takes the Hessian estimate of its last step: right on
+        average, but ``value_and_grad(..., microbatches=k)`` averages both.
+
+        Args:
+          tx: any optax transformation, with IVON in it or not.
+          opt_state: its state.
+          params: the posterior mean.
+          **extra_args: what other transformations in `tx` need, such as ``value=``.
+
+        Returns:
+          The updates, for `optax.apply_updates`, and the next state.
+
+        Raises:
+          TypeError: `tx` is no optax transformation.
+          ValueError: the estimate was changed as if it were a gradient.
+        """
+        _checks.transformation("tx", tx, "estimate.update(tx, opt_state, params)")
+        grad, hess = self.opened()
+        tx = with_extra_args(tx)
+        return tx.update(grad, opt_state, params, hess=hess, **extra_args)
+
+    def opened(self) -> tuple[optax.Updates, optax.Updates]:
+        """Gradient and Hessian estimate, the former NaN where the latter is no use."""
+        whole = _checks.unbroken(self._seal, SEAL)
+        structure = jax.tree.structure(self.grad)
+        try:
+            hess = structure.flatten_up_to(self.hess)
+        except ValueError:
+            return self.grad, self.hess  # another tree, which `update` will tell
+
+        def seen(grad, hess):
+            if not jnp.issubdtype(jnp.result_type(grad), jnp.floating):
+                return grad
+            fits = getattr(hess, "shape", None) == jnp.shape(grad)
+            known = jnp.isfinite(hess) & whole if fits else whole
+            return jnp.where(known, grad, jnp.full_like(grad, jnp.nan))
+
+        leaves = structure.flatten_up_to(self.grad)
+        return structure.unflatten(map(seen, leaves, hess)), self.hess
+
+    def tree_flatten_with_keys(self):
+        """Return the parts with their names, for jax."""
+        sealed = self._seal is not None
+        hess = _Sealed(self.hess, self._seal) if sealed else self.hess
+        keys = map(jax.tree_util.GetAttrKey, ("grad", "hess"))
+        return tuple(zip(keys, (self.grad, hess), strict=True)), None
+
+    @classmethod
+    def tree_unflatten(cls, _, parts):
+        """Return an estimate of `tree_flatten_with_keys`'s parts, for jax."""
+        estimate = object.__new__(cls)
+        estimate.grad, hess = parts
+        sealed = isinstance(hess, _Sealed)
+        estimate.hess, estimate._seal = hess if sealed else (hess, None)
+        return estimate
+
+
+def with_extra_args(
+    tx: optax.GradientTransformation | optax.MultiSteps,
+) -> optax.GradientTransformationExtraArgs:
+    """Let `tx` take arguments of others; unlike optax, let `MultiSteps` see them."""
+    if isinstance(tx, optax.MultiSteps):
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    return optax.with_extra_args_support(tx)
+
+
+def _seal_of(leaves):
+    """A seal for arrays; none for specs or axes, which stand for arrays.
+
+    Where all arrays have a first axis of one length they may be a stack of estimates,
+    whose seals `jax.vmap` cuts with them.
+    """
+    if not any(isinstance(x, float) or hasattr(x, "dtype") for x in leaves):
+        return None
+    lengths = {np.shape(x)[:1] for x in leaves}
+    [length] = lengths if len(lengths) == 1 else [()]
+    if length == () or not 0 < length[0] <= LONGEST_STACK:
+        return SEAL
+    return np.broadcast_to(SEAL, length + SEAL.shape)
