@@ -199,7 +199,6 @@ def survivors(root, tests, only=("",), every=1):
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
         _copy(root, copy)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(folder, "programs"))
         for module, names in tests.items():
             path = copy / "ivon_jax" / f"{module}.py"
             source = path.read_text()
@@ -238,13 +237,18 @@ def _copy(root, copy):
             (copy / name).symlink_to(Path(root, name).resolve())
 
 
-def unknown(root, tests):
-    """The names in `EQUIVALENT` that the source no longer has."""
-    names = set()
+def names_of(root, tests):
+    """The names of all mutants."""
+    found = []
     for module in tests:
         source = Path(root, "ivon_jax", f"{module}.py").read_text()
-        names |= mutants_of(module, source).keys()
-    return sorted(EQUIVALENT.keys() - names)
+        found += mutants_of(module, source)
+    return found
+
+
+def unknown(root, tests):
+    """The names in `EQUIVALENT` that the source no longer has."""
+    return sorted(EQUIVALENT.keys() - set(names_of(root, tests)))
 
 
 def main():
@@ -258,11 +262,13 @@ def main():
     stale = unknown(root, TESTS)
     for name in stale:
         print(f"EQUIVALENT has an unknown mutant: {name}")
+    names = names_of(root, TESTS)
     if args.list:
-        for module in TESTS:
-            source = (root / "ivon_jax" / f"{module}.py").read_text()
-            print(*mutants_of(module, source), sep="\n")
+        print(*names, sep="\n")
         return
+    for begin in args.only:
+        if not any(name.startswith(begin) for name in names):
+            raise SystemExit(f"No mutant begins with {begin}: see --list.")
     print("| mutant | killed by | seconds |\n|---|---|---|")
     found = survivors(root, TESTS, args.only or [""], args.every)
     print(f"\n{len(found)} survive.", *found, sep="\n")

@@ -88,3 +88,9 @@ def test_all_that_counts_is_changed():
     assert result["c"] == [4, False]
     assert mutants.changed("2", lambda x: x)(3.0) == 6.0
     assert np.isnan(mutants.changed("nan", (x for x in [1.0]))[0])
+
+
+def test_a_part_that_has_no_mutants_is_no_success(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mutants.py", "_rules", "_rules.nothing"])
+    with pytest.raises(SystemExit, match=r"No mutant begins with _rules\.nothing"):
+        mutants.main()
