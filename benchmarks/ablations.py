@@ -44,12 +44,12 @@ class Config:
 
     mnist: str = ""  # .npz with `images` and `labels`
     epochs: int = 0  # 0: what uncertainty.py has for the data set
-    trials: int = 16  # of each system
-    seeds: int = 5
-    members: int = 5  # of an ensemble, of which the first is used: the same seeds
+    trials: report.Count = 16  # of each system
+    seeds: report.Count = 5
+    members: report.Count = 5  # of an ensemble: the first is used, for its seeds
     tuning_seeds: int = 0  # 0: what uncertainty.py has
-    num_samples: int = 64
-    plot: str = "ablations.png"
+    num_samples: report.Count = 64
+    plot: report.Picture = "ablations.png"
 
 
 def train(system, settings, task, config, description):

@@ -33,13 +33,13 @@ GRID = tuple(itertools.product((0.1, 0.3, 1.0), (0.1, 0.3, 1.0)))
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    epochs: int = 400
-    batch_size: int = 50
-    width: int = 128
+    epochs: report.Count = 400
+    batch_size: report.Count = 50
+    width: report.Count = 128
     b2: float = 0.9997  # averages the Hessian over half of the 6800 steps
-    seeds: int = 5
-    tuning_seeds: int = 2
-    num_samples: int = 64
+    seeds: report.Count = 5
+    tuning_seeds: report.Count = 2
+    num_samples: report.Count = 64
 
 
 def init(key, width):

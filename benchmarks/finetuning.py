@@ -38,12 +38,12 @@ NAMES = {"adamw": "AdamW", "ivon": "IVON"}
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    pretraining_steps: int = 1000
-    steps: int = 100
-    batch_size: int = 16
-    block: int = 64  # bytes in a sequence
-    seeds: int = 3
-    num_samples: int = 8  # of the posterior
+    pretraining_steps: report.Count = 1000
+    steps: report.Count = 100
+    batch_size: report.Count = 16
+    block: report.Count = 64  # bytes in a sequence
+    seeds: report.Count = 3
+    num_samples: report.Count = 8  # of the posterior
 
 
 def write_texts(folder):
@@ -84,8 +84,8 @@ def train(config, params=None):
     params = fresh if params is None else jax.tree.map(lambda x: x.copy(), params)
     tx = gpt2.create_optimizer(config)
     state = params, tx.init(params)
-    with jax.set_mesh(mesh), gpt2.checkpoints(config) as manager:
-        arguments = config, mesh, state, loss_fn, tx, data, manager, train_key
+    with jax.set_mesh(mesh), gpt2.open_checkpoints(config, data) as folder:
+        arguments = config, mesh, state, loss_fn, tx, data, folder, train_key
         state, log = gpt2.fit(*arguments)
         rows = {gpt2.ROWS[config.optimizer]: log[-1]["perplexity"]}
         if config.optimizer == "ivon" and config.num_samples:

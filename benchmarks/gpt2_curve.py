@@ -36,7 +36,7 @@ RUNS = {
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    plot: str = "gpt2_curve.png"
+    plot: report.Picture = "gpt2_curve.png"
 
 
 def train(optimizer, seed, num_samples=16, **settings):

@@ -36,9 +36,9 @@ class Config:
 
     sizes: str = "small"
     dtypes: str = "float32,bfloat16"
-    batch_size: int = 1
-    microbatches: int = 1
-    vocabulary: int = 50304
+    batch_size: report.Count = 1
+    microbatches: report.Count = 1
+    vocabulary: report.Count = 50304
     steps: int = 0  # to time
 
 

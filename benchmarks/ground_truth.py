@@ -51,22 +51,22 @@ class Config:
 
     tasks: str = "digits,regression"
     uci: str = ""  # text, a row per example, the target last; empty: diabetes
-    noise: float = 0.7  # standard deviation, of a target with one of 1
-    components: int = 10  # of the digits
-    width: int = 16  # of the hidden layer
-    prior_precision: float = 1.0
-    chains: int = 4
-    warmup: int = 300  # steps of a chain that adapt the sampler
-    length: int = 500  # draws of a chain
-    leapfrogs: int = 150  # gradients of a draw
-    batch_size: int = 50
-    steps: int = 4000  # of training
-    tuning_seeds: int = 2
-    seeds: int = 3
-    members: int = 5  # of an ensemble
-    num_samples: int = 256  # draws of one posterior
+    noise: report.Positive = 0.7  # standard deviation, of a target with one of 1
+    components: report.Count = 10  # of the digits
+    width: report.Count = 16  # of the hidden layer
+    prior_precision: report.Positive = 1.0
+    chains: report.Count = 4
+    warmup: report.Count = 300  # steps of a chain that adapt the sampler
+    length: report.Count = 500  # draws of a chain
+    leapfrogs: report.Count = 150  # gradients of a draw
+    batch_size: report.Count = 50
+    steps: report.Count = 4000  # of training
+    tuning_seeds: report.Count = 2
+    seeds: report.Count = 3
+    members: report.Count = 5  # of an ensemble
+    num_samples: report.Count = 256  # draws of one posterior
     full: int = 0  # 1: 8 chains of 2000 draws, 20000 steps and ten seeds
-    plot: str = "ground_truth.png"
+    plot: report.Picture = "ground_truth.png"
 
 
 class Task(NamedTuple):

@@ -39,16 +39,16 @@ import ivon_jax
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    dimensions: int = 64
+    dimensions: report.Count = 64
     correlation: float = 0.5  # of neighbours in the Hessian
-    replicas: int = 8
-    steps: int = 10_000
-    seeds: int = 8
+    replicas: report.Count = 8
+    steps: report.Count = 10_000
+    seeds: report.Count = 8
     learning_rate: float = 0.1
-    ess: float = 1e4
+    ess: report.Positive = 1e4
     weight_decay: float = 1e-4
-    hess_init: float = 1.0  # the truth
-    parameters: int = 2**20  # of the programs that are compiled alone
+    hess_init: report.Positive = 1.0  # the truth
+    parameters: report.Count = 2**20  # of the programs that are compiled alone
 
 
 def mean(hess):

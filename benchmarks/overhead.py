@@ -46,18 +46,18 @@ class Config:
     full: int = 0  # 1: the sizes below that are FULL's
     models: str = "gpt2-tiny,resnet20,mlp"
     dtype: str = "float32"  # of GPT-2's computation
-    block: int = 128  # tokens in a sequence
-    vocabulary: int = 256
+    block: report.Count = 128  # tokens in a sequence
+    vocabulary: report.Count = 256
     batch_sizes: str = "1,4,8"  # of GPT-2; the middle one is the first table's
-    resnet_batch_size: int = 16
-    mlp_batch_size: int = 128
-    mlp_width: int = 1024
+    resnet_batch_size: report.Count = 16
+    mlp_batch_size: report.Count = 128
+    mlp_width: report.Count = 1024
     mc_samples: str = "1,2,4"
     keys: str = "threefry2x32,rbg,unsafe_rbg"
     sizes: str = "1e6,1e7,1e8"  # parameters of the optimizer alone
     arrays: str = "4,150"  # in how many arrays
-    rounds: int = 7
-    steps: int = 10  # in a round
+    rounds: report.Count = 7
+    steps: report.Count = 10  # in a round
 
 
 FULL = dict(

@@ -44,16 +44,16 @@ TITLES = "accuracy %", "NLL", "ECE", "Brier"
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    vocabulary: int = 2000  # the most frequent tokens; all others are one
-    length: int = 32  # tokens of an excerpt
-    per_package: int = 1000  # excerpts, a fifth of them to test on
-    width: int = 32  # of the embedding and of the recurrent units
-    epochs: int = 12
-    trials: int = 16  # of each system
-    tuning_seeds: int = 1
-    seeds: int = 5
-    members: int = 1  # of an ensemble, which uncertainty.py has and this has not
-    num_samples: int = 64
+    vocabulary: report.Count = 2000  # the most frequent tokens; all others are one
+    length: report.Count = 32  # tokens of an excerpt
+    per_package: report.Count = 1000  # excerpts, a fifth of them to test on
+    width: report.Count = 32  # of the embedding and of the recurrent units
+    epochs: report.Count = 12
+    trials: report.Count = 16  # of each system
+    tuning_seeds: report.Count = 1
+    seeds: report.Count = 5
+    members: report.Count = 1  # of an ensemble, which uncertainty.py has alone
+    num_samples: report.Count = 64
 
 
 class Encoder(nn.Module):

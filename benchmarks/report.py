@@ -1,25 +1,26 @@
 """What the benchmarks share: flags, the conditions of a run, and Markdown tables."""
 
-import argparse
-import dataclasses
 import os
 import pathlib
 import platform
 import subprocess
+import sys
 
 import jax
 import numpy as np
 from scipy.stats import sem
 
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
+from running import flags
+from running.flags import Count, Picture, Positive  # noqa: F401
+
 
 def parse_args(config_type, doc, **full):
     """Read a Config, a dataclass, from the command line; `full` is for ``--full 1``."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    for field in dataclasses.fields(config_type):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    if full and parser.parse_args().full:
-        parser.set_defaults(**full)
-    return config_type(**vars(parser.parse_args()))
+    parser = flags.create_parser(config_type, doc)
+    given = vars(parser.parse_args())
+    defaults = full if full and given.get("full") else {}
+    return flags.checked(parser, config_type(**defaults | given))
 
 
 def print_conditions(config):

@@ -87,9 +87,9 @@ class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
     full: int = 0  # 1: more meshes and sizes
-    block: int = 1024  # tokens in a sequence
-    vocabulary: int = 50304
-    devices: int = 64  # to simulate
+    block: report.Count = 1024  # tokens in a sequence
+    vocabulary: report.Count = 50304
+    devices: report.Count = 64  # to simulate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,14 +70,14 @@ class Config:
 
     data: str = "uci"  # the folder of the text files
     sets: str = "yacht,bostonHousing,energy,concrete,wine-quality-red,power-plant"
-    splits: int = 10
-    trials: int = 16  # for each system, in each split
-    members: int = 5  # of the deep ensemble
-    steps: int = 2000  # of batches, in as many epochs as that takes
+    splits: report.Count = 10
+    trials: report.Count = 16  # for each system, in each split
+    members: report.Count = 5  # of the deep ensemble
+    steps: report.Count = 2000  # of batches, in as many epochs as that takes
     epochs: int = 0  # so many, if it is not 0
-    batch_size: int = 32
-    width: int = 50
-    num_samples: int = 64  # draws for a prediction
+    batch_size: report.Count = 32
+    width: report.Count = 50
+    num_samples: report.Count = 64  # draws for a prediction
     full: int = 0  # 1: 20 splits and 400 epochs
 
 

@@ -102,12 +102,12 @@ class Config:
     full: int = 0  # 1: the paper's network and length for CIFAR-10
     epochs: int = 0  # 0: what the data set below has
     systems: str = ",".join(SYSTEMS)
-    trials: int = 16  # of each system
-    seeds: int = 5
-    members: int = 5  # of an ensemble
+    trials: report.Count = 16  # of each system
+    seeds: report.Count = 5
+    members: report.Count = 5  # of an ensemble
     tuning_seeds: int = 0  # 0: what the data set below has
-    num_samples: int = 64
-    plot: str = "uncertainty.png"
+    num_samples: report.Count = 64
+    plot: report.Picture = "uncertainty.png"
 
 
 class Task(NamedTuple):

@@ -23,7 +23,6 @@ training images (15 trials for AdamW, 14 to 19 for IVON, two seeds).
 Toy size: `--epochs 2 --seeds 1`
 """
 
-import argparse
 import dataclasses
 import functools
 
@@ -33,6 +32,8 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
+from running import data_files, flags
+from running.flags import Count, Picture, Positive
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
@@ -47,39 +48,31 @@ class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
     data: str = ""  # an npz with `images` and `labels`; empty: scikit-learn's digits
-    hidden: int = 128  # units in each of the two hidden layers
-    batch_size: int = 50
-    epochs: int = 50  # on each task
+    hidden: Count = 128  # units in each of the two hidden layers
+    batch_size: Count = 50
+    epochs: Count = 50  # on each task
     adamw_learning_rate: float = 1e-4
     adamw_weight_decay: float = 0.1
     first_learning_rate: float = 0.01
-    first_hess_init: float = 1.0
+    first_hess_init: Positive = 1.0
     isotropic_learning_rate: float = 0.3
-    isotropic_hess_init: float = 0.3
-    isotropic_precision: float = 0.03  # around yesterday's mean / number of examples
+    isotropic_hess_init: Positive = 0.3
+    isotropic_precision: Positive = 0.03  # around yesterday's mean / number of examples
     posterior_learning_rate: float = 0.3
-    posterior_hess_init: float = 0.1
+    posterior_hess_init: Positive = 0.1
     joint_learning_rate: float = 0.3
-    joint_hess_init: float = 0.3
-    forget: float = 3.0  # in the end, exp(-3) of hess_init is left in h
+    joint_hess_init: Positive = 0.3
+    forget: Positive = 3.0  # in the end, exp(-3) of hess_init is left in h
     weight_decay: float = 1e-4  # the first prior's precision / number of examples
-    seeds: int = 3  # runs, each with permutations of its own
-    plot: str = "continual.png"
-
-
-def parse_args() -> Config:
-    """Read a `Config` from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    return Config(**vars(parser.parse_args()))
+    seeds: Count = 3  # runs, each with permutations of its own
+    plot: Picture = "continual.png"
 
 
 def load_data(path):
     """Return (images, labels) to train on and, a fifth of them, to test on."""
     if path:
-        with np.load(path) as arrays:
-            images, labels = arrays["images"] / 255, arrays["labels"]
+        images, labels = data_files.read_images(path)
+        images = images / 255
     else:
         digits = load_digits()
         images, labels = digits.images / 16, digits.target
@@ -266,8 +259,11 @@ def draw(path, curves, epochs):
 
 def main():
     """Go through the tasks on every seed; print the table and draw the picture."""
-    config = parse_args()
+    config = flags.parse(Config, __doc__)
     data = load_data(config.data)
+    flags.check_batch_size(config.batch_size, len(data[0][1]))
+    num_steps = config.epochs * (len(data[0][1]) // config.batch_size)
+    flags.check_forget(config.forget, num_steps)
     runs = []
     total = config.seeds * (4 * NUM_TASKS + 1)
     with tqdm(total=total, unit="task", leave=False) as bar:

@@ -24,7 +24,6 @@ of a sample. digits.png shows whose confidence can be believed.
 Toy size: `--epochs 2 --seeds 1`
 """
 
-import argparse
 import collections
 import dataclasses
 import functools
@@ -37,6 +36,8 @@ import numpy as np
 import optax
 from flax import nnx
 from matplotlib.figure import Figure
+from running import flags
+from running.flags import Count, Fraction, Picture, Positive
 from sklearn.calibration import calibration_curve
 from sklearn.datasets import load_digits
 from tqdm import tqdm
@@ -49,17 +50,17 @@ from ivon_jax import metrics
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    epochs: int = 400
-    batch_size: int = 50
-    seeds: int = 3
+    epochs: Count = 400
+    batch_size: Count = 50
+    seeds: Count = 3
     adamw_lr: float = 3e-3
     adamw_weight_decay: float = 0.1
-    adamw_b2: float = 0.999
+    adamw_b2: Fraction = 0.999
     ivon_lr: float = 1.0
-    ivon_hess_init: float = 0.3
-    ivon_b2: float = 0.9999  # averages the Hessian over more than the 6800 steps
-    num_samples: int = 64
-    plot: str = "digits.png"
+    ivon_hess_init: Positive = 0.3
+    ivon_b2: Fraction = 0.9999  # averages the Hessian over more than the 6800 steps
+    num_samples: Count = 64
+    plot: Picture = "digits.png"
 
 
 class Network(nnx.Module):
@@ -291,8 +292,8 @@ def draw_entropies(axes, name, color, digits, non_digits):
         share = 100 * np.histogram(entropy, edges)[0] / entropy.size
         axes.stairs(share, edges, fill=True, color=shade, alpha=0.6, label=label)
         if share[0] > top:
-            note = f"↑ {share[0]:.0f} %"
-            axes.text(edges[1] + 0.04, 0.96 * top, note, color=shade, va="top")
+            note, height = f"↑ {share[0]:.0f} %", (0.96 - 0.1 * len(axes.texts)) * top
+            axes.text(edges[1] + 0.04, height, note, color=shade, va="top")
     sure = 100 * np.mean(non_digits.max(-1) > 0.9)
     axes.set_title(f"{name} is over 90 % sure of\n{sure:.0f} % of the shuffled digits")
     axes.set(xlabel="predictive entropy (nats)", ylim=(0, top))
@@ -323,19 +324,21 @@ def draw(path, rows, labels):
 
 def parse_args():
     """Return the Config of the command line, and whether to tune."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+    parser = flags.create_parser(Config, __doc__)
     parser.add_argument("--tune", action="store_true")
-    flags = vars(parser.parse_args())
-    tuning = flags.pop("tune")
-    return Config(**flags), tuning
+    given = vars(parser.parse_args())
+    tuning = given.pop("tune")
+    return flags.checked(parser, Config(**given)), tuning
 
 
 def main():
     """Train, print the table, draw the picture; or tune."""
     config, tuning = parse_args()
     train_data, (images, labels) = load_halves()
+    num_train = len(train_data[1])
+    flags.check_batch_size(
+        config.batch_size, 2 * num_train // 3 if tuning else num_train
+    )
     if tuning:
         tune(config, train_data)
         return

@@ -23,7 +23,6 @@ at 90 degrees it is less than at 30, and all four are wrong (NLL 13 to 16).
 Toy size: `--epochs 2 --seeds 1 --members 2 --num_samples 4 --cpu_devices 2`
 """
 
-import argparse
 import collections
 import dataclasses
 import functools
@@ -35,6 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from running import flags
+from running.flags import Count, Fraction, Picture, Positive
 from scipy import ndimage
 from sklearn.datasets import load_digits
 from tqdm import tqdm
@@ -58,27 +59,19 @@ ENSEMBLES = {"AdamW": "AdamW ensemble", "IVON": "Multi-IVON"}
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    members: int = 5  # networks of an ensemble
-    epochs: int = 400
-    batch_size: int = 50
+    members: Count = 5  # networks of an ensemble
+    epochs: Count = 400
+    batch_size: Count = 50
     adamw_learning_rate: float = 1e-3
     adamw_weight_decay: float = 0.3
-    adamw_b2: float = 0.9999
+    adamw_b2: Fraction = 0.9999
     ivon_learning_rate: float = 1.0
-    ivon_hess_init: float = 0.3
-    ivon_b2: float = 0.9997
-    num_samples: int = 64  # of IVON, and of all members of Multi-IVON together
-    seeds: int = 3  # ensembles, of other members each
-    cpu_devices: int = 1  # devices to make of this CPU, to spread the members over
-    plot: str = "ensemble.png"
-
-
-def parse_args() -> Config:
-    """Read a `Config` from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    return Config(**vars(parser.parse_args()))
+    ivon_hess_init: Positive = 0.3
+    ivon_b2: Fraction = 0.9997
+    num_samples: Count = 64  # of IVON, and of all members of Multi-IVON together
+    seeds: Count = 3  # ensembles, of other members each
+    cpu_devices: Count = 1  # devices to make of this CPU, to spread the members over
+    plot: Picture = "ensemble.png"
 
 
 def load_halves():
@@ -221,9 +214,10 @@ def save_plot(path, rows):
 
 def main():
     """Train the ensembles; print the table and draw what rotation does."""
-    config = parse_args()
-    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    config = flags.parse(Config, __doc__)
     train_data, (images, labels) = load_halves()
+    flags.check_batch_size(config.batch_size, len(train_data[1]))
+    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     turned = [ndimage.rotate(images, a, (2, 1), False, order=1) for a in ANGLES]
     test_data = {"images": np.stack(turned), "labels": labels}
     rows = collections.defaultdict(list)

@@ -33,7 +33,6 @@ on two CPU cores. See benchmarks/README.md for IVON beside AdamW.
 Toy size: `--steps 4 --batch_size 8 --microbatches 2 --block 32 --num_samples 2`
 """
 
-import argparse
 import dataclasses
 import functools
 import importlib
@@ -43,17 +42,17 @@ import pathlib
 import sys
 import sysconfig
 import time
-import zlib
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from matplotlib.figure import Figure
+from running import checkpoints, flags
+from running.flags import Count, Fraction, Picture, Positive, Seed, Switch, Text
 from tqdm import tqdm
 
 import ivon_jax
@@ -101,17 +100,6 @@ CHOICES = {
     "noise": ("shared", "replica"),
     "dtype": ("float32", "bfloat16"),
 }
-COUNTS = (
-    "steps",
-    "batch_size",
-    "microbatches",
-    "block",
-    "eval_every",
-    "eval_batches",
-    "num_samples",
-    "checkpoint_every",
-    "max_to_keep",
-)
 # These may differ between a checkpoint and the run that continues from it.
 FREE = (
     "mesh",
@@ -131,6 +119,13 @@ FREE = (
 )
 
 
+def check_address(text):
+    """Reject what no process can be reached by."""
+    host, _, port = text.rpartition(":")
+    if text not in ("", "auto") and not (host and port.isdecimal()):
+        raise ValueError("must be auto or HOST:PORT, such as localhost:1234")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
@@ -138,42 +133,42 @@ class Config:
     size: str = "tiny"
     optimizer: str = "ivon"
     data: str = ""  # a text, or a folder with train.bin and val.bin; or the library
-    steps: int = 100_000
+    steps: Count = 100_000
     warmup: int = 2000  # steps, at most a tenth of them
-    batch_size: int = 480  # sequences a step, over all devices
-    microbatches: int = 24  # parts of the batch, one after the other; each has noise
-    block: int = 1024  # tokens in a sequence
+    batch_size: Count = 480  # sequences a step, over all devices
+    microbatches: Count = 24  # parts of the batch, one after the other; each has noise
+    block: Annotated[int, flags.between(2)] = 1024  # tokens in a sequence
     dtype: str = "bfloat16"  # of the computation; parameters are float32
-    remat: int = 0  # 1: keep the layers' inputs alone for the backward pass
+    remat: Switch = 0  # 1: keep the layers' inputs alone for the backward pass
     ivon_lr: float = 0.3
-    ivon_ess: float = 1e10
-    ivon_hess_init: float = 1e-3
-    ivon_b1: float = 0.9
-    ivon_b2: float = 0.99999
-    ivon_clip_radius: float = 1e-3
+    ivon_ess: Positive = 1e10
+    ivon_hess_init: Positive = 1e-3
+    ivon_b1: Fraction = 0.9
+    ivon_b2: Fraction = 0.99999
+    ivon_clip_radius: Positive = 1e-3
     ivon_weight_decay: float = 1e-6
     adamw_lr: float = 6e-4
-    adamw_b1: float = 0.9
-    adamw_b2: float = 0.95
+    adamw_b1: Fraction = 0.9
+    adamw_b2: Fraction = 0.95
     adamw_weight_decay: float = 0.1
-    max_norm: float = 1.0  # of gradients, for both
-    seed: int = 0
+    max_norm: Positive = 1.0  # of gradients, for both
+    seed: Seed = 0
     mesh: str = ""  # such as data=4,fsdp=2,model=2; otherwise all devices are data
     noise: str = "shared"  # one sample a step, or one for each "replica": data index
-    eval_every: int = 1000  # steps
-    eval_batches: int = 20
-    num_samples: int = 16  # of the posterior, for the table
-    checkpoint_every: int = 1000  # steps
-    max_to_keep: int = 2  # checkpoints
-    checkpoint_dir: str = "checkpoints/gpt2"
-    plot: str = "gpt2.png"
-    prompt: str = "def "
+    eval_every: Count = 1000  # steps
+    eval_batches: Count = 20
+    num_samples: Count = 16  # of the posterior, for the table
+    checkpoint_every: Count = 1000  # steps
+    max_to_keep: Count = 2  # checkpoints
+    checkpoint_dir: Text = "checkpoints/gpt2"
+    plot: Picture = "gpt2.png"
+    prompt: Text = "def "
     write: int = 200  # tokens to write after the prompt
-    distributed: str = ""  # "auto" on TPU pods and Slurm, or the first one's host:port
-    num_processes: int = 1
+    distributed: Annotated[str, check_address] = ""  # "auto", or HOST:PORT of the first
+    num_processes: Count = 1
     process_id: int = 0
     cpu_devices: int = 0  # simulate so many in this process
-    heartbeat_seconds: int = 100  # how long a lost process may go unnoticed
+    heartbeat_seconds: Count = 100  # how long a lost process may go unnoticed
 
 
 class Block(nnx.Module):
@@ -316,13 +311,8 @@ class Tokens:
         length = self.config.block + 1
 
         def rows(index):
-            slices = np.stack([self.array[i : i + length] for i in starts[index[0]]])
-            if slices.max() >= self.vocabulary:
-                sys.exit(
-                    f"`--data` must have tokens below {self.vocabulary}, GPT-2's, got "
-                    f"{slices.max()}."
-                )
-            return slices.astype(np.int32)
+            slices = [self.array[i : i + length] for i in starts[index[0]]]
+            return np.stack(slices).astype(np.int32)
 
         shape = len(starts), length
         return jax.make_array_from_callback(shape, self.sharding, rows)
@@ -463,11 +453,10 @@ def create_losses(graphdef):
     return loss_fn, probs_fn
 
 
-def fit(config, mesh, state, loss_fn, tx, data, manager, key):
+def fit(config, mesh, state, loss_fn, tx, data, folder, key):
     """Train from the last checkpoint on; return (params, opt_state) and the log."""
     train, validation = data
-    identity = identify(config, train)
-    state, log, start = restore(manager, state, identity)
+    state, log, start = folder.restore(state)
     like_state = jax.tree.map(lambda x: x.sharding, state)
     train_step = jax.jit(
         create_train_step(loss_fn, tx, config, mesh),
@@ -486,6 +475,7 @@ def fit(config, mesh, state, loss_fn, tx, data, manager, key):
         *state, loss = train_step(
             *state, train.random(step), jax.random.fold_in(key, step)
         )
+        folder.check()
         done = step + 1
         if done % config.eval_every == 0 or done == config.steps:
             loss = float(loss)  # waits for the device
@@ -509,7 +499,7 @@ def fit(config, mesh, state, loss_fn, tx, data, manager, key):
             )
             begin, first = time.perf_counter(), done
         if done % config.checkpoint_every == 0 or done == config.steps:
-            save(manager, done, tuple(state), identity, log)
+            folder.save(done, tuple(state), log)
     return state, log
 
 
@@ -540,130 +530,11 @@ def posterior_perplexities(state, probs_fn, validation, config, key):
     }
 
 
-def identify(config, train):
-    """Return what a checkpoint must agree on to be continued."""
-    crc = zlib.crc32(train.array[:1_000_000].tobytes())
-    data = f"{len(train.array)} tokens of CRC-32 {crc:08x}"
-    fields = dataclasses.asdict(config) | {"data": data}
-    return {name: value for name, value in fields.items() if name not in FREE}
-
-
-def checkpoints(config):
+def open_checkpoints(config, data):
     """Open the folder of checkpoints; they are written while training goes on."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=config.max_to_keep)
-    folder = pathlib.Path(config.checkpoint_dir).absolute()
-    return ocp.CheckpointManager(folder, options=options)
-
-
-@jax.jit
-def checksum(state):
-    """Return the sum of all bits, read as integers: exact in any order, on any mesh."""
-
-    def bits(x):
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            x = jax.lax.bitcast_convert_type(x, jnp.uint32)
-        return jnp.sum(x.astype(jnp.uint32))
-
-    return sum(bits(x) for x in jax.tree.leaves(state))
-
-
-def save(manager, step, state, identity, log):
-    """Begin to write all that changes; Orbax ignores what is not written completely."""
-    record = {"config": identity, "log": log, "checksum": int(checksum(state))}
-    args = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
-    )
-    manager.save(step, args=args)
-
-
-def restore(manager, state, identity):
-    """Return the newest intact state, in shards like `state`, its log and its step."""
-    damaged = []
-    for step in sorted(manager.all_steps(), reverse=True):
-        path = manager.directory / str(step)
-        record, reason = agreed(lambda path=path: read_record(path))
-        if not reason:
-            check_configuration(path, record["config"], identity)
-            restored, reason = agreed(lambda path=path: read_state(path, state))
-        if not reason and int(checksum(restored)) != record["checksum"]:
-            reason = "its bits do not add up to its checksum."
-        if not reason:
-            set_aside(manager, damaged)
-            return restored, record["log"], step
-        print(f"The checkpoint {path} is damaged: {reason}", file=sys.stderr)
-        damaged.append(path)
-    if damaged:
-        sys.exit(
-            f"No checkpoint in {manager.directory} is intact. To start again, pass "
-            "another `--checkpoint_dir`, or delete that folder."
-        )
-    return state, [], 0
-
-
-def check_configuration(path, config, identity):
-    """Stop where this run is another one than that of the checkpoint."""
-    differences = [
-        f"`{name}` is {config.get(name)} there and {value} here"
-        for name, value in identity.items()
-        if config.get(name) != value
-    ]
-    if differences:
-        sys.exit(
-            f"The checkpoint {path} is of another configuration: "
-            f"{', '.join(differences)}. Pass the same flags and data, or another "
-            "`--checkpoint_dir`, or delete that folder."
-        )
-
-
-def agreed(read):
-    """Return ``read()``, and why not all processes could, if they couldn't."""
-    try:
-        value, reason = read(), ""
-    except Exception as error:  # there are many ways to be damaged
-        value, reason = None, str(error).partition("\n")[0] or repr(error)
-    if not multihost_utils.process_allgather(np.array(not reason)).all():
-        reason = reason or "another process cannot read it."
-    return value, reason
-
-
-def read_record(path):
-    """Return configuration, log and checksum of one checkpoint, or raise."""
-    reader = alone(ocp.JsonCheckpointHandler)
-    return reader.restore(path / "record", args=ocp.args.JsonRestore())
-
-
-def read_state(path, state):
-    """Return the state of one checkpoint, or raise."""
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-    reader = alone(ocp.StandardCheckpointHandler)
-    return reader.restore(path / "state", args=ocp.args.StandardRestore(like))
-
-
-def alone(handler):
-    """Return a reader that doesn't wait for other processes.
-
-    Should one of them fail, the others would wait forever.
-    """
-    me = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me)
-    )
-    kwargs = dict(multiprocessing_options=options)
-    return ocp.Checkpointer(handler(**kwargs), **kwargs)
-
-
-def set_aside(manager, damaged):
-    """Rename damaged checkpoints, so that training can write those steps again."""
-    for path in damaged:
-        aside = path.with_name(f"damaged_{path.name}")
-        print(f"Going on from the one before; {path} is now {aside}.", file=sys.stderr)
-        if jax.process_index() == 0:
-            path.rename(aside)
-    if damaged:
-        multihost_utils.sync_global_devices("set aside")
-        manager.reload()
+    arrays = [tokens.array for tokens in data]
+    identity = checkpoints.identify(config, FREE, data=arrays)
+    return checkpoints.Folder(config.checkpoint_dir, identity, config.max_to_keep)
 
 
 def write_text(graphdef, params, prompt, config, key):
@@ -703,6 +574,10 @@ def load_data(config):
             sys.exit(
                 f"`--data` has {len(tokens)} {name} tokens, too few for sequences of "
                 f"`--block` {config.block}."
+            )
+        if (largest := int(tokens.max())) >= vocabulary:
+            sys.exit(
+                f"`--data` must have tokens below {vocabulary}, GPT-2's, got {largest}."
             )
     return *splits, vocabulary
 
@@ -773,19 +648,15 @@ def draw(path, log, averaged):
 
 def parse_args(args=None):
     """Return the Config of the command line; a flag overrides what the size says."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(
-            f"--{field.name}",
-            type=field.type,
-            default=argparse.SUPPRESS,
-            choices=CHOICES.get(field.name),
+    parser = flags.create_parser(Config, __doc__, **CHOICES)
+    given = vars(parser.parse_args(args))
+    preset = PRESETS[given.get("size", Config.size)]
+    config = flags.checked(parser, Config(**preset | given))
+    if config.process_id >= config.num_processes:
+        parser.error(
+            f"--process_id must be below --num_processes {config.num_processes}, got "
+            f"{config.process_id}."
         )
-    flags = vars(parser.parse_args(args))
-    config = Config(**PRESETS[flags.get("size", Config.size)] | flags)
-    for name in COUNTS:
-        if getattr(config, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(config, name)}.")
     return config
 
 
@@ -815,12 +686,12 @@ def run(config):
     data = [Tokens(array, vocabulary, config, mesh) for array in (train, validation)]
     keys = jax.random.split(jax.random.key(config.seed), 4)
     init_key, train_key, predict_key, write_key = keys
-    with jax.set_mesh(mesh), checkpoints(config) as manager:
+    with jax.set_mesh(mesh), open_checkpoints(config, data) as folder:
         graphdef, params = create_network(init_key, config, vocabulary, mesh)
         loss_fn, probs_fn = create_losses(graphdef)
         tx = create_optimizer(config)
         state = params, tx.init(params)  # in shards, as the parameters are
-        args = config, mesh, state, loss_fn, tx, data, manager, train_key
+        args = config, mesh, state, loss_fn, tx, data, folder, train_key
         state, log = fit(*args)
         rows, averaged = {ROWS[config.optimizer]: log[-1]["perplexity"]}, {}
         if config.optimizer == "ivon":
@@ -854,4 +725,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with checkpoints.ends_at_once():
+        main()

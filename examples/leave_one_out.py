@@ -29,17 +29,19 @@ are 0.098 ± 0.001 for IVON and 0.270 ± 0.005 for AdamW.
 Toy size: `--epochs 4 --seeds 2 --num_train 200`
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from running import data_files, flags
+from running.flags import Count, Fraction, Picture, Positive, Seed
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
@@ -52,39 +54,41 @@ class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
     data: str = ""  # an npz file with `images` (N, side, side), uint8, and `labels`
-    num_train: int = 300  # few, so that the network overfits; the others are the test
-    hidden: int = 128  # units in each of the two hidden layers
-    epochs: int = 150
-    batch_size: int = 50
+    num_train: Count = 300  # few, so that the network overfits; the others are the test
+    hidden: Count = 128  # units in each of the two hidden layers
+    epochs: Count = 150
+    batch_size: Count = 50
     ivon_learning_rate: float = 0.1
-    hess_init: float = 0.4  # IVON's h_0, and with it the first variances
-    b2: float = 0.999
+    hess_init: Positive = 0.4  # IVON's h_0, and with it the first variances
+    b2: Fraction = 0.999
     ivon_weight_decay: float = 0.01
     adamw_learning_rate: float = 3e-4
     adamw_weight_decay: float = 0.1
-    adamw_damping: float = 1.0  # delta of the variance made from Adam's second moment
-    seeds: int = 3  # runs, each with a split, weights and noise of its own
-    seed: int = 0
-    plot: str = "leave_one_out.png"
-
-
-def parse_args() -> Config:
-    """Read a `Config` from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    return Config(**vars(parser.parse_args()))
+    adamw_damping: Positive = 1.0  # delta of the variance from Adam's second moment
+    seeds: Count = 3  # runs, each with a split, weights and noise of its own
+    seed: Seed = 0
+    plot: Picture = "leave_one_out.png"
 
 
 def load_images(path):
     """Images in [0, 1], (N, pixels), and their labels: those of scikit-learn."""
     if path:
-        with np.load(path) as file:
-            images, labels = file["images"] / 255, file["labels"]
+        images, labels = data_files.read_images(path)
+        images = images / 255
     else:
         images, labels = load_digits().images / 16, load_digits().target
     images = images.reshape(len(images), -1)
     return jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
+
+
+def check_sizes(cfg, num_images):
+    """Exit where there are no batches to train on, or no images to test on."""
+    if cfg.num_train >= num_images:
+        sys.exit(
+            f"`--num_train` must be below {num_images}, the number of images, got "
+            f"{cfg.num_train}."
+        )
+    flags.check_batch_size(cfg.batch_size, cfg.num_train)
 
 
 def init_params(key, sizes):
@@ -231,11 +235,13 @@ def save_plot(path, histories):
 
 def main():
     """Train both on each split; print the table and draw the losses."""
-    cfg = parse_args()
+    cfg = flags.parse(Config, __doc__)
+    images, labels = load_images(cfg.data)
+    check_sizes(cfg, len(labels))
     run_keys = jax.random.split(jax.random.key(cfg.seed), cfg.seeds)
     split_keys, train_keys = jax.vmap(jax.random.split, out_axes=1)(run_keys)
     splits = functools.partial(split, num_train=cfg.num_train)
-    train, test = jax.vmap(splits, (0, None, None))(split_keys, *load_images(cfg.data))
+    train, test = jax.vmap(splits, (0, None, None))(split_keys, images, labels)
     histories = {
         name: fit(name, method, cfg, train_keys, train, test)
         for name, method in make_methods(cfg).items()

@@ -29,23 +29,21 @@ deletes the checkpoints and starts again.
 Toy size: `--dataset digits --epochs 2 --curve_samples 4 --num_samples 4`
 """
 
-import argparse
 import dataclasses
 import functools
 import pathlib
 import sys
 import time
-import zipfile
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import linen as nn
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from running import checkpoints, data_files, flags
+from running.flags import Count, Fraction, Picture, Positive, Seed, Text
 from sklearn.datasets import fetch_openml, load_digits
 from tqdm import tqdm
 
@@ -56,7 +54,7 @@ OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 ROWS = {"adamw": ["AdamW"], "ivon": ["IVON@mean", "IVON"]}  # of the table
 CHOICES = {"optimizer": [*ROWS, "both"], "dataset": [*OPENML, "digits"]}
 # These may differ between a checkpoint and the run that continues from it.
-FREE = ("optimizer", "dataset", "data", "num_samples", "checkpoint_dir", "plot")
+FREE = ("optimizer", "dataset", "num_samples", "checkpoint_dir", "plot")
 ACCURACY, NLL = metrics.accuracy, metrics.negative_log_likelihood
 SCORES = (ACCURACY, NLL, metrics.expected_calibration_error, metrics.brier_score)
 
@@ -68,20 +66,20 @@ class Config:
     optimizer: str = "both"
     dataset: str = "mnist"
     data: str = ""  # an npz file, to read in the place of `dataset`
-    epochs: int = 30
-    batch_size: int = 50
-    width: int = 16  # channels of the first layer
+    epochs: Count = 30
+    batch_size: Count = 50
+    width: Count = 16  # channels of the first layer
     adamw_lr: float = 0.012
     adamw_weight_decay: float = 0.5
     ivon_lr: float = 1.0
     ivon_weight_decay: float = 3e-3
-    ivon_hess_init: float = 1.0
-    ivon_b2: float = 0.9996  # averages the Hessian over half of 4800 steps
-    seed: int = 0
-    curve_samples: int = 8  # from the posterior, for the test NLL after each epoch
-    num_samples: int = 64  # from the posterior, for the table
-    checkpoint_dir: str = "checkpoints/linen_mnist"
-    plot: str = "linen_mnist.png"
+    ivon_hess_init: Positive = 1.0
+    ivon_b2: Fraction = 0.9996  # averages the Hessian over half of 4800 steps
+    seed: Seed = 0
+    curve_samples: Count = 8  # from the posterior, for the test NLL after each epoch
+    num_samples: Count = 64  # from the posterior, for the table
+    checkpoint_dir: Text = "checkpoints/linen_mnist"
+    plot: Picture = "linen_mnist.png"
 
 
 class Network(nn.Module):
@@ -101,7 +99,7 @@ def load_data(config):
     """Return (images, labels) to train on, and (images, labels) to test on."""
     parts = 5  # of which the last is the test set
     if config.data:
-        images, labels = read_npz(config.data)
+        images, labels = data_files.read_images(config.data, shape=(28, 28))
     elif config.dataset == "digits":
         digits = load_digits()
         # 8x8 pixels in 0..16: enlarge each to 3x3 pixels, and add a margin of 2.
@@ -111,28 +109,12 @@ def load_data(config):
         images, labels = download(config.dataset)
         parts = 7
     cut = len(labels) - len(labels) // parts
-    if not 1 <= config.batch_size <= cut:
-        sys.exit(f"`--batch_size` must be in 1..{cut}, got {config.batch_size}.")
+    if cut == len(labels):
+        sys.exit(f"`--data` must have at least {parts} images, got {cut}.")
+    flags.check_batch_size(config.batch_size, cut)
     images = np.asarray(images[..., None] / 255, np.float32)
     labels = np.asarray(labels, np.int32)
     return (images[:cut], labels[:cut]), (images[cut:], labels[cut:])
-
-
-def read_npz(path):
-    """Return the images and labels of a file, or exit and say what it must hold."""
-    try:
-        with zipfile.ZipFile(path), np.load(path) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
-        if images.dtype != np.uint8 or images.shape[1:] != (28, 28):
-            raise ValueError(f"images are {images.dtype} {images.shape}")
-        if labels.shape != images.shape[:1] or not np.isin(labels, range(10)).all():
-            raise ValueError(f"labels are {np.unique(labels)}, shape {labels.shape}")
-    except Exception as error:  # there are many ways to be no such file
-        sys.exit(
-            "`--data` must be an npz file with `images`, uint8 (N, 28, 28), and "
-            f"`labels`, N integers in 0..9, got {path!r}: {error}"
-        )
-    return images, labels
 
 
 def download(dataset):
@@ -215,9 +197,10 @@ def fit(key, name, config, train_data, test_data, fresh):
     num_batches = num_train // config.batch_size
     step = adamw_step if name == "adamw" else ivon_step
     state = create_state(init_key, name, config, num_train)
-    identity = identify(name, config, train_data)
-    with checkpoints(name, config, fresh) as manager:
-        state, log = restore(manager, state, identity)
+    with open_checkpoints(name, config, train_data, test_data) as folder:
+        if fresh:
+            folder.delete_all()
+        state, log, _ = folder.restore(state)
         if len(log) < config.epochs:
             # Compile off the clock. Nothing of this call is kept.
             train_epoch(step, state, train_data, [range(config.batch_size)], noise_key)
@@ -229,6 +212,7 @@ def fit(key, name, config, train_data, test_data, fresh):
             order = np.asarray(jax.random.permutation(epoch_key, num_train))
             batches = order[: num_batches * config.batch_size].reshape(num_batches, -1)
             state, loss = train_epoch(step, state, train_data, batches, noise_key)
+            folder.check()
             seconds = time.perf_counter() - start
 
             epoch_key = jax.random.fold_in(curve_key, epoch)
@@ -236,61 +220,18 @@ def fit(key, name, config, train_data, test_data, fresh):
             nll = [float(NLL(probs, test_data[1])) for probs in rows]
             # A new list, because Orbax may still be writing the last one.
             log = [*log, {"loss": loss, "test_nll": nll, "seconds": seconds}]
-            save(manager, state, log, identity)
+            folder.save(len(log), state, log)
             bar.set_postfix(loss=f"{loss:.4f}", test_nll=f"{nll[-1]:.4f}")
     return state, log
 
 
-def checkpoints(name, config, fresh):
-    """Return the manager of one optimizer's checkpoints, of which there may be none."""
-    directory = pathlib.Path(config.checkpoint_dir, name).absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    manager = ocp.CheckpointManager(directory, options=options)
-    for epoch in manager.all_steps() if fresh else ():
-        manager.delete(epoch)
-    return manager
-
-
-def identify(name, config, train_data):
-    """Return what a checkpoint and the run that continues from it have in common."""
+def open_checkpoints(name, config, train_data, test_data):
+    """Open the folder of one optimizer's checkpoints, of which there may be none."""
     other = "ivon_" if name == "adamw" else "adamw_"
-    fields = dataclasses.asdict(config).items()
-    common = {k: v for k, v in fields if k not in FREE and not k.startswith(other)}
-    checksum = zlib.crc32(train_data[1], zlib.crc32(train_data[0]))
-    return common | {"checksum of the data": checksum}
-
-
-def save(manager, state, log, identity):
-    """Save the state and, as JSON, how it came about."""
-    record = {"config": identity, "log": log}
-    args = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
-    )
-    manager.save(len(log), args=args)
-
-
-def restore(manager, state, identity):
-    """Return the state and the log of the last checkpoint, or those to begin with."""
-    epoch = manager.latest_step()
-    if epoch is None:
-        return state, []
-
-    def read(**args):
-        return manager.restore(epoch, args=ocp.args.Composite(**args))
-
-    record = read(record=ocp.args.JsonRestore())["record"]
-    differences = [
-        f"`{field}` is {record['config'].get(field)} there and {value} here"
-        for field, value in identity.items()
-        if record["config"].get(field) != value
-    ]
-    if differences:
-        sys.exit(
-            f"The checkpoints in {manager.directory} are of another configuration: "
-            f"{', '.join(differences)}. Pass the same flags and data, or another "
-            "`--checkpoint_dir`, or `--fresh` to delete them and start again."
-        )
-    return read(state=ocp.args.StandardRestore(state))["state"], record["log"]
+    fields = (field.name for field in dataclasses.fields(config))
+    free = FREE + tuple(field for field in fields if field.startswith(other))
+    identity = checkpoints.identify(config, free, data=[*train_data, *test_data])
+    return checkpoints.Folder(pathlib.Path(config.checkpoint_dir, name), identity)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "num_samples"))
@@ -336,16 +277,11 @@ def draw(path, logs):
 
 def parse_args():
     """Return the Config of the command line, and whether to start afresh."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        flag, choices = f"--{field.name}", CHOICES.get(field.name)
-        parser.add_argument(
-            flag, type=field.type, default=field.default, choices=choices
-        )
+    parser = flags.create_parser(Config, __doc__, **CHOICES)
     parser.add_argument("--fresh", action="store_true", help="delete the checkpoints")
-    flags = vars(parser.parse_args())
-    fresh = flags.pop("fresh")
-    return Config(**flags), fresh
+    given = vars(parser.parse_args())
+    fresh = given.pop("fresh")
+    return flags.checked(parser, Config(**given)), fresh
 
 
 def main():
@@ -371,4 +307,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with checkpoints.ends_at_once():
+        main()

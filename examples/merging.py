@@ -24,7 +24,6 @@ pass over each task's data and the base's.
 Toy size: `--pretrain_steps 30 --steps 30 --seeds 1`
 """
 
-import argparse
 import collections
 import dataclasses
 import functools
@@ -34,6 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from running import flags
+from running.flags import Count, Picture, Positive
 from scipy import ndimage
 from sklearn.datasets import load_digits
 from tqdm import tqdm
@@ -62,25 +63,17 @@ MERGERS = {
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    hidden: int = 128  # units in each of the two hidden layers
-    batch_size: int = 50
-    pretrain_steps: int = 2000
-    steps: int = 1000  # of fine-tuning, for each task
+    hidden: Count = 128  # units in each of the two hidden layers
+    batch_size: Count = 50
+    pretrain_steps: Count = 2000
+    steps: Count = 1000  # of fine-tuning, for each task
     learning_rate: float = 0.1
-    hess_init: float = 0.03
-    ess_factor: float = 10.0  # ess / number of examples, which are few
-    forget: float = 3.0  # in the end, exp(-3) of hess_init is left in h
+    hess_init: Positive = 0.03
+    ess_factor: Positive = 10.0  # ess / number of examples, which are few
+    forget: Positive = 3.0  # in the end, exp(-3) of hess_init is left in h
     weight_decay: float = 1e-4
-    seeds: int = 5
-    plot: str = "merging.png"
-
-
-def parse_args() -> Config:
-    """Read a `Config` from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    return Config(**vars(parser.parse_args()))
+    seeds: Count = 5
+    plot: Picture = "merging.png"
 
 
 def turned(images, degrees):
@@ -257,7 +250,8 @@ def draw(path, results):
 
 def main():
     """Train and merge on every seed, print the table and draw the picture."""
-    config, splits = parse_args(), load_splits()
+    config, splits = flags.parse(Config, __doc__), load_splits()
+    flags.check_forget(config.forget, min(config.pretrain_steps, config.steps))
     results = collections.defaultdict(list)
     total = config.seeds * len(DOMAINS)
     with tqdm(total=total, unit="network", leave=False) as bar:

@@ -28,7 +28,6 @@ Stop it when you like: the same command continues from the checkpoint of the las
 Toy size: `--data synthetic --depth 2 --epochs 2 --warmup_epochs 1 --num_samples 2`
 """
 
-import argparse
 import dataclasses
 import functools
 import io
@@ -36,16 +35,17 @@ import itertools
 import pathlib
 import sys
 import time
-import zlib
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 from matplotlib.figure import Figure
 from PIL import Image
+from running import checkpoints, data_files, flags
+from running.flags import Count, Fraction, Picture, Positive, Seed, Text
 from sklearn.datasets import fetch_openml
 from tqdm import tqdm
 
@@ -54,10 +54,18 @@ import ivon_jax.flax
 from ivon_jax import metrics
 
 OPENML = {"cifar10": 40927, "cifar100": 41983}
+SPLITS = "train", "test"
+NUM_CLASSES = {"cifar10": 10, "cifar100": 100}
 ROWS = {"ivon": "IVON@mean", "adamw": "AdamW", "sgd": "SGD"}
 CHOICES = {"optimizer": ROWS, "dataset": OPENML}
 # These may differ between a checkpoint and the run that continues from it.
-FREE = ("data", "num_samples", "max_to_keep", "checkpoint_dir", "plot")
+FREE = ("num_samples", "max_to_keep", "checkpoint_dir", "plot")
+
+
+def check_depth(depth):
+    """Reject depths that no such network has."""
+    if depth < 2 or (depth - 2) % 6:
+        raise ValueError("must be 2, 8, 14, 20 or another 6 n + 2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,24 +75,24 @@ class Config:
     optimizer: str = "ivon"
     dataset: str = "cifar10"
     data: str = ""  # an npz file to read, or "synthetic": noise, to try the code
-    num_train: int = 50_000  # at most
-    num_test: int = 10_000  # at most
-    depth: int = 20  # 6n + 2
-    width: int = 16  # channels of the first layer
-    epochs: int = 200
+    num_train: Count = 50_000  # at most
+    num_test: Count = 10_000  # at most
+    depth: Annotated[int, check_depth] = 20  # 6n + 2
+    width: Count = 16  # channels of the first layer
+    epochs: Count = 200
     warmup_epochs: int = 5
-    batch_size: int = 50
+    batch_size: Count = 50
     ivon_lr: float = 0.2
-    ivon_hess_init: float = 0.5
-    ivon_b2: float = 0.99999
+    ivon_hess_init: Positive = 0.5
+    ivon_b2: Fraction = 0.99999
     adamw_lr: float = 0.002
     sgd_lr: float = 0.1
     weight_decay: float = 2e-4
-    num_samples: int = 64  # of the posterior, for the table
-    seed: int = 0
-    max_to_keep: int = 2  # checkpoints
-    checkpoint_dir: str = "checkpoints/nnx_cifar"
-    plot: str = "nnx_cifar.png"
+    num_samples: Count = 64  # of the posterior, for the table
+    seed: Seed = 0
+    max_to_keep: Count = 2  # checkpoints
+    checkpoint_dir: Text = "checkpoints/nnx_cifar"
+    plot: Picture = "nnx_cifar.png"
 
 
 QUICK = dict(
@@ -282,9 +290,9 @@ def fit(key, model, optimizer, train_data, test_data, config):
     steps_per_epoch = num_train // batch_size
     chunk = steps_per_call(steps_per_epoch)
     step = ivon_step if config.optimizer == "ivon" else plain_step
-    identity = identify(config, train_data)
-    with checkpoints(config) as manager:
-        log = restore(manager, model, optimizer, identity)
+    with open_checkpoints(config, train_data, test_data) as folder:
+        state, log, _ = folder.restore(nnx.state((model, optimizer)))
+        nnx.update((model, optimizer), state)
         done, total = (n * steps_per_epoch for n in (len(log), config.epochs))
         bar = tqdm(desc=config.optimizer, total=total, initial=done, leave=False)
         for epoch in range(len(log), config.epochs):
@@ -302,59 +310,22 @@ def fit(key, model, optimizer, train_data, test_data, config):
                 losses.append(float(loss))
                 bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
                 bar.update(chunk)
+                folder.check()
             seconds = time.perf_counter() - start
             test = scores(mean_probs(model, test_data[0]), test_data[1])
             # A new list, because Orbax may still be writing the last one.
             entry = {"loss": float(np.mean(losses)), "seconds": seconds} | test
             log = [*log, entry]
-            save(manager, model, optimizer, identity, log)
+            folder.save(len(log), nnx.state((model, optimizer)), log)
         bar.close()
     return log
 
 
-def identify(config, data):
-    """Return what a checkpoint and the run that continues from it have in common."""
-    fields = dataclasses.asdict(config).items()
-    checksum = zlib.crc32(np.asarray(data[1]), zlib.crc32(np.asarray(data[0])))
-    return {k: v for k, v in fields if k not in FREE} | {"data": checksum}
-
-
-def checkpoints(config):
-    """Return the manager of this optimizer's checkpoints, one for every epoch."""
-    directory = pathlib.Path(config.checkpoint_dir, config.optimizer).absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=config.max_to_keep)
-    return ocp.CheckpointManager(directory, options=options)
-
-
-def save(manager, model, optimizer, identity, log):
-    """Save all that changes; what has not been written completely, Orbax ignores."""
-    state = ocp.args.StandardSave(nnx.state((model, optimizer)))
-    record = ocp.args.JsonSave({"config": identity, "log": log})
-    manager.save(len(log), args=ocp.args.Composite(state=state, record=record))
-
-
-def restore(manager, model, optimizer, identity):
-    """Load the last checkpoint into the modules, if there is one; return its log."""
-    last = manager.latest_step()
-    if last is None:
-        return []
-    record = ocp.args.Composite(record=ocp.args.JsonRestore())
-    record = manager.restore(last, args=record)["record"]
-    differences = [
-        f"`{name}` is {record['config'].get(name)} there and {value} here"
-        for name, value in identity.items()
-        if record["config"].get(name) != value
-    ]
-    if differences:
-        sys.exit(
-            f"The checkpoints in {manager.directory} are of another configuration: "
-            f"{', '.join(differences)}. Pass the same flags and data, or another "
-            "`--checkpoint_dir`, or delete that folder."
-        )
-    state = ocp.args.StandardRestore(nnx.state((model, optimizer)))
-    restored = manager.restore(last, args=ocp.args.Composite(state=state))
-    nnx.update((model, optimizer), restored["state"])
-    return record["log"]
+def open_checkpoints(config, train_data, test_data):
+    """Open the folder of this optimizer's checkpoints, one for every epoch."""
+    identity = checkpoints.identify(config, FREE, data=[*train_data, *test_data])
+    path = pathlib.Path(config.checkpoint_dir, config.optimizer)
+    return checkpoints.Folder(path, identity, config.max_to_keep)
 
 
 def class_probs(model, images):
@@ -432,7 +403,9 @@ def load_data(config):
     if config.data == "synthetic":
         splits = synthetic(100), synthetic(20)
     else:
-        splits = read_npz(config.data) if config.data else download(config.dataset)
+        num_classes = NUM_CLASSES[config.dataset]
+        read = functools.partial(read_npz, config.data, num_classes)
+        splits = read() if config.data else download(config.dataset)
     key = jax.random.key(0)  # the same images for every seed
     counts = config.num_train, config.num_test
     for (images, labels), count in zip(splits, counts, strict=True):
@@ -462,21 +435,21 @@ def download(dataset):
     return (images[:50_000], labels[:50_000]), (images[50_000:], labels[50_000:])
 
 
-def read_npz(path):
+def read_npz(path, num_classes=10):
     """Return both splits of a file, or exit and say what it should be."""
     try:
         with np.load(path) as arrays:
-            return [read_split(arrays, name) for name in ("train", "test")]
+            return [read_split(arrays, name, num_classes) for name in SPLITS]
     except Exception as error:  # there are many ways to be no such file
         sys.exit(
             "`--data` must be an npz file with `train_images`, uint8 (N, 32, 32, 3), "
             "or `train_jpeg`, the bytes of N files, and `train_offsets`, where each "
-            "starts and the last ends; with `train_labels`; and the same for `test`. "
-            f"Got {path!r}: {error}."
+            "starts and the last ends; with `train_labels`, N integers in "
+            f"0..{num_classes - 1}; and the same for `test`. Got {path!r}: {error}"
         )
 
 
-def read_split(arrays, name):
+def read_split(arrays, name, num_classes):
     """Return images and labels; decode the images if they are JPEG files."""
     labels = arrays[f"{name}_labels"]
     if f"{name}_jpeg" in arrays:
@@ -485,33 +458,32 @@ def read_split(arrays, name):
         images = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in files])
     else:
         images = arrays[f"{name}_images"]
-    if images.dtype != np.uint8 or images.shape != (len(labels), 32, 32, 3):
-        raise ValueError(f"{len(labels)} labels, {images.dtype} images {images.shape}")
-    return images, labels
+    return data_files.check_images(images, labels, num_classes, (32, 32, 3))
 
 
 def parse_args():
     """Return the Config of the command line; a flag overrides the preset."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = flags.create_parser(Config, __doc__, **CHOICES)
     parser.add_argument("--preset", choices=PRESETS, default="paper")
-    for field in dataclasses.fields(Config):
-        parser.add_argument(
-            f"--{field.name}",
-            type=field.type,
-            default=argparse.SUPPRESS,
-            choices=CHOICES.get(field.name),
+    given = vars(parser.parse_args())
+    preset = PRESETS[given.pop("preset")]
+    config = flags.checked(parser, Config(**preset | given))
+    if config.warmup_epochs >= config.epochs:
+        parser.error(
+            f"--warmup_epochs must be below --epochs {config.epochs}, got "
+            f"{config.warmup_epochs}."
         )
-    flags = vars(parser.parse_args())
-    return Config(**PRESETS[flags.pop("preset")] | flags)
+    return config
 
 
 def main():
     """Train, or finish training; print the table and draw the curves."""
     config = parse_args()
     train_data, (images, labels) = load_data(config)
+    flags.check_batch_size(config.batch_size, len(train_data[1]))
     keys = jax.random.split(jax.random.key(config.seed), 3)
     init_key, train_key, predict_key = keys
-    num_classes = 100 if config.dataset == "cifar100" else 10
+    num_classes = NUM_CLASSES[config.dataset]
     model = ResNet(config.depth, config.width, num_classes, nnx.Rngs(init_key))
     optimizer = create_optimizer(model, config, len(train_data[1]))
     log = fit(train_key, model, optimizer, train_data, (images, labels), config)
@@ -524,4 +496,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with checkpoints.ends_at_once():
+        main()

@@ -24,7 +24,6 @@ than the most accurate one.
 Toy size: `--pretrain_epochs 2 --epochs 2 --seeds 1`
 """
 
-import argparse
 import collections
 import dataclasses
 import itertools
@@ -36,6 +35,8 @@ import numpy as np
 import optax
 from flax import nnx
 from matplotlib.figure import Figure
+from running import flags
+from running.flags import Count, Picture, Positive
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
@@ -48,17 +49,17 @@ from ivon_jax import metrics
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    pretrain_epochs: int = 60
-    epochs: int = 200
-    batch_size: int = 50
-    rank: int = 4
+    pretrain_epochs: Count = 60
+    epochs: Count = 200
+    batch_size: Count = 50
+    rank: Count = 4
     adamw_lr: float = 3e-3
     adamw_weight_decay: float = 0.01
     ivon_lr: float = 0.1
-    ivon_hess_init: float = 3.0
-    num_samples: int = 64
-    seeds: int = 3
-    plot: str = "nnx_lora.png"
+    ivon_hess_init: Positive = 3.0
+    num_samples: Count = 64
+    seeds: Count = 3
+    plot: Picture = "nnx_lora.png"
 
 
 class Network(nnx.Module):
@@ -303,19 +304,18 @@ def tune(config, data, validation, pretraining):
 
 def parse_args():
     """Return the Config of the command line, and whether to tune."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+    parser = flags.create_parser(Config, __doc__)
     parser.add_argument("--tune", action="store_true")
-    flags = vars(parser.parse_args())
-    tuning = flags.pop("tune")
-    return Config(**flags), tuning
+    given = vars(parser.parse_args())
+    tuning = given.pop("tune")
+    return flags.checked(parser, Config(**given)), tuning
 
 
 def main():
     """Pretrain, fine-tune, print the table, draw the picture; or tune."""
     config, tuning = parse_args()
     pretraining, data, validation, (images, labels) = load_splits()
+    flags.check_batch_size(config.batch_size, len(data[1]))
     if tuning:
         tune(config, data, validation, pretraining)
         return

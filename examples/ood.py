@@ -30,11 +30,12 @@ histograms of ood.png show what Fig. 3 does: AdamW is sure of much that is unkno
 Toy size: `--epochs 2 --seeds 1`
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
 import math
+import sys
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,8 @@ import numpy as np
 import optax
 from jax.scipy.special import entr
 from matplotlib.figure import Figure
+from running import data_files, flags
+from running.flags import Count, Picture, Positive, Seed
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
@@ -54,27 +57,19 @@ class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
     data: str = ""  # .npz with `images` and `labels`; empty for scikit-learn's digits
-    num_known: int = 7  # classes 0 to 6 are in domain, the others out of it
-    hidden: int = 128  # units in each of the two hidden layers
-    epochs: int = 400
-    batch_size: int = 50
+    num_known: Annotated[int, flags.between(1, 9)] = 7  # 0 to 6 are in domain
+    hidden: Count = 128  # units in each of the two hidden layers
+    epochs: Count = 400
+    batch_size: Count = 50
     adamw_learning_rate: float = 1e-3
     adamw_weight_decay: float = 0.3
     ivon_learning_rate: float = 0.3
-    ivon_hess_init: float = 3.0
+    ivon_hess_init: Positive = 3.0
     ivon_weight_decay: float = 1e-4
-    num_samples: int = 64  # draws of theta for a prediction
-    seeds: int = 5  # runs, each with initial weights, batches and draws of its own
-    seed: int = 0
-    plot: str = "ood.png"  # histograms over all runs
-
-
-def parse_args() -> Config:
-    """Read a `Config` from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    return Config(**vars(parser.parse_args()))
+    num_samples: Count = 64  # draws of theta for a prediction
+    seeds: Count = 5  # runs, each with initial weights, batches and draws of its own
+    seed: Seed = 0
+    plot: Picture = "ood.png"  # histograms over all runs
 
 
 def load_data(path, num_known):
@@ -84,14 +79,16 @@ def load_data(path, num_known):
     tests: they are not by the same writers.
     """
     if path:
-        with np.load(path) as archive:
-            images, labels = archive["images"] / 255, archive["labels"]
+        images, labels = data_files.read_images(path)
+        images = images / 255
     else:
         images, labels = load_digits(return_X_y=True)
         images = images / 16
     images = images.reshape(len(labels), -1).astype(np.float32)
     known, test = labels < num_known, np.arange(len(labels)) >= len(labels) // 2
     train, inside, outside = known & ~test, known & test, ~known & test
+    if not (inside.any() and outside.any()):
+        sys.exit("`--data` must have known and unknown classes in its second half.")
     pairs = [(images[part], labels[part]) for part in (train, inside)]
     return jax.tree.map(jnp.asarray, (*pairs, images[outside]))
 
@@ -249,8 +246,9 @@ def save_plot(path, entropies, num_inside, num_known):
 
 def main():
     """Train both on the known classes; print the tables and save the picture."""
-    cfg = parse_args()
+    cfg = flags.parse(Config, __doc__)
     data, (inside, labels), outside = load_data(cfg.data, cfg.num_known)
+    flags.check_batch_size(cfg.batch_size, len(data[1]))
     train_key, predict_key = jax.random.split(jax.random.key(cfg.seed))
     # The same keys for both: the same first weights, the same order of the images.
     train_keys = jax.random.split(train_key, cfg.seeds)

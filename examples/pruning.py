@@ -23,7 +23,6 @@ whole network, over three folds of the training images. There is a table of NLL,
 Toy size: `--epochs 2 --seeds 1`
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -34,6 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from running import data_files, flags
+from running.flags import Count, Picture, Positive, Seed
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
@@ -43,6 +44,7 @@ from ivon_jax import metrics, pruning
 SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98)
 STYLES = {
     "AdamW, magnitude": {"color": "#999999", "marker": "s"},
+    "SGD, magnitude": {"color": "#CC79A7", "marker": "D"},
     "IVON, variance": {"color": "#009E73", "marker": "^"},
     "IVON, magnitude": {"color": "#D55E00", "marker": "o", "markersize": 8},
     "IVON, signal/noise": {"color": "#0072B2", "marker": "o", "linestyle": "--"},
@@ -54,25 +56,19 @@ class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
     data: str = ""  # .npz with `images` and `labels`; empty for scikit-learn's digits
-    hidden: int = 128  # units in each of the two hidden layers
-    epochs: int = 400
-    batch_size: int = 50
+    hidden: Count = 128  # units in each of the two hidden layers
+    epochs: Count = 400
+    batch_size: Count = 50
     adamw_learning_rate: float = 1e-3
     adamw_weight_decay: float = 1.0
+    sgd_learning_rate: float = 0.3
+    sgd_weight_decay: float = 3e-3
     ivon_learning_rate: float = 1.0
-    ivon_hess_init: float = 1.0
+    ivon_hess_init: Positive = 1.0
     ivon_weight_decay: float = 1e-3
-    seeds: int = 5  # runs, each with initial weights, batches and draws of its own
-    seed: int = 0
-    plot: str = "pruning.png"
-
-
-def parse_args() -> Config:
-    """Read a `Config` from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    return Config(**vars(parser.parse_args()))
+    seeds: Count = 5  # runs, each with initial weights, batches and draws of its own
+    seed: Seed = 0
+    plot: Picture = "pruning.png"
 
 
 def load_data(path):
@@ -82,8 +78,8 @@ def load_data(path):
     tests: they are not by the same writers.
     """
     if path:
-        with np.load(path) as archive:
-            images, labels = archive["images"] / 255, archive["labels"]
+        images, labels = data_files.read_images(path)
+        images = images / 255
     else:
         images, labels = load_digits(return_X_y=True)
         images = images / 16
@@ -124,6 +120,12 @@ def make_methods(cfg, num_train):
         optax.cosine_decay_schedule(cfg.adamw_learning_rate, steps),
         weight_decay=cfg.adamw_weight_decay,
     )
+    sgd = optax.chain(
+        optax.add_decayed_weights(cfg.sgd_weight_decay),
+        optax.sgd(
+            optax.cosine_decay_schedule(cfg.sgd_learning_rate, steps), momentum=0.9
+        ),
+    )
     ivon = ivon_jax.ivon(
         optax.cosine_decay_schedule(cfg.ivon_learning_rate, steps),
         ess=num_train,
@@ -131,12 +133,13 @@ def make_methods(cfg, num_train):
         b2=1 - 1 / steps,
         weight_decay=cfg.ivon_weight_decay,
     )
-    # AdamW has no posterior: each of its draws is the same, and `sample=` is ignored.
-    point_mass = (
-        optax.with_extra_args_support(adamw),
-        lambda _key, params, _state: params,
-    )
-    return {"AdamW": point_mass, "IVON": (ivon, ivon_jax.sample)}
+    # These have no posterior: each draw is the same, and `sample=` is ignored.
+    point_masses = {
+        name: (optax.with_extra_args_support(tx), lambda _key, params, _state: params)
+        for name, tx in {"AdamW": adamw, "SGD": sgd}.items()
+    }
+
+    return point_masses | {"IVON": (ivon, ivon_jax.sample)}
 
 
 @functools.partial(jax.jit, static_argnames=("tx", "draw", "batch_size"))
@@ -181,7 +184,7 @@ def train(name, tx, draw, keys, data, cfg):
 
 
 @jax.jit
-def pruning_curves(adamw, posteriors, images, labels):
+def pruning_curves(adamw, sgd, posteriors, images, labels):
     """Accuracy and NLL at every sparsity, (runs, sparsities) each, for each curve."""
 
     def evaluate(params):
@@ -192,10 +195,11 @@ def pruning_curves(adamw, posteriors, images, labels):
     def by_magnitude(q, sparsity):
         return pruning.mask(jax.tree.map(jnp.abs, q.mean), sparsity)
 
-    def one_run(params, q):
-        point = ivon_jax.Posterior.isotropic(params, 1.0)
+    def one_run(adamw, sgd, q):
+        points = [ivon_jax.Posterior.isotropic(params, 1.0) for params in (adamw, sgd)]
         curves = {
-            "AdamW, magnitude": (point, by_magnitude),
+            "AdamW, magnitude": (points[0], by_magnitude),
+            "SGD, magnitude": (points[1], by_magnitude),
             "IVON, magnitude": (q, by_magnitude),
             "IVON, variance": (q, pruning.by_variance),
             "IVON, signal/noise": (q, pruning.by_signal_to_noise),
@@ -205,7 +209,7 @@ def pruning_curves(adamw, posteriors, images, labels):
             for name, (q, criterion) in curves.items()
         }
 
-    return jax.vmap(one_run)(adamw, posteriors)
+    return jax.vmap(one_run)(adamw, sgd, posteriors)
 
 
 def mean_and_error(runs):
@@ -246,9 +250,10 @@ def save_plot(path, panels):
 
 
 def main():
-    """Train both; print the tables and save the picture."""
-    cfg = parse_args()
+    """Train all three; print the tables and save the picture."""
+    cfg = flags.parse(Config, __doc__)
     data, test = load_data(cfg.data)
+    flags.check_batch_size(cfg.batch_size, len(data[1]))
     # The same keys for both: the same first weights, the same order of the images.
     keys = jax.random.split(jax.random.key(cfg.seed), cfg.seeds)
     carries = {
@@ -256,7 +261,8 @@ def main():
         for name, (tx, draw) in make_methods(cfg, len(data[1])).items()
     }
     posteriors = jax.vmap(ivon_jax.posterior)(*carries["IVON"])
-    curves = pruning_curves(carries["AdamW"][0], posteriors, *test)
+    points = carries["AdamW"][0], carries["SGD"][0]
+    curves = pruning_curves(*points, posteriors, *test)
     accuracies = {name: 100 * np.asarray(curves[name][0]) for name in STYLES}
     nlls = {name: np.asarray(curves[name][1]) for name in STYLES}
     print_table("accuracy %, pruned", accuracies, 1)

@@ -26,10 +26,10 @@ NLL on other seeds; IVON's prior stayed a standard normal, 0.006 from the best.
 Toy size: `--steps 20 --seeds 1`
 """
 
-import argparse
 import dataclasses
 import functools
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ import optax
 from flax import nnx
 from jax.scipy.stats import norm
 from matplotlib.figure import Figure
+from running import flags
+from running.flags import Count, Fraction, Picture, Positive, Seed
 from tqdm import tqdm
 
 import ivon_jax
@@ -49,27 +51,19 @@ CHUNK = 1000  # steps of one compiled scan, between two moves of the progress ba
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    num_data: int = 100  # training examples, half of them on each side of the gap
-    noise: float = 0.1  # standard deviation of the targets' noise, known to both
-    hidden: int = 32  # units in each of the two hidden layers
-    steps: int = 20_000  # full-batch steps
+    num_data: Annotated[int, flags.between(2)] = 100  # half on each side of the gap
+    noise: Positive = 0.1  # standard deviation of the targets' noise, known to both
+    hidden: Count = 32  # units in each of the two hidden layers
+    steps: Count = 20_000  # full-batch steps
     adamw_learning_rate: float = 0.01
     adamw_weight_decay: float = 1.0
     ivon_learning_rate: float = 0.05  # a share of the Newton step; 0.1 can diverge
-    prior_precision: float = 1.0  # a standard normal prior over every parameter
-    b2: float = 0.9995  # h forgets in 2,000 steps: 0.9999 is too slow, 0.999 diverges
-    num_samples: int = 256  # draws of theta
-    seeds: int = 3  # runs, each with data, initial weights and draws of its own
-    seed: int = 0
-    plot: str = "regression_1d.png"  # the picture of the first run
-
-
-def parse_args() -> Config:
-    """Read a `Config` from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    return Config(**vars(parser.parse_args()))
+    prior_precision: Positive = 1.0  # a standard normal prior over every parameter
+    b2: Fraction = 0.9995  # h forgets in 2,000 steps: 0.9999 is slow, 0.999 diverges
+    num_samples: Count = 256  # draws of theta
+    seeds: Count = 3  # runs, each with data, initial weights and draws of its own
+    seed: Seed = 0
+    plot: Picture = "regression_1d.png"  # the picture of the first run
 
 
 def target(x):
@@ -206,7 +200,7 @@ def save_plot(path, data, grid, draws, noise):
 
 def main():
     """Train both on every run's data; print the table and save the picture."""
-    cfg = parse_args()
+    cfg = flags.parse(Config, __doc__)
     init = jax.jit(lambda key: nnx.split(make_model(key, cfg.hidden), nnx.Param)[1])
     graphdef = nnx.graphdef(make_model(jax.random.key(0), cfg.hidden))
 
@@ -221,9 +215,9 @@ def main():
 
     methods = make_methods(cfg)
     grid = jnp.linspace(-2.6, 2.6, 521)
-    scores = {name: [] for name in methods}
+    scores, pictured = {name: [] for name in methods}, None
     run_keys = jax.random.split(jax.random.key(cfg.seed), cfg.seeds)
-    for run, run_key in enumerate(run_keys):
+    for run_key in run_keys:
         data_key, test_key, init_key, train_key, draw_key = jax.random.split(run_key, 5)
         data = make_data(data_key, cfg.num_data, cfg.noise)
         x_test, y_test = make_data(test_key, 1000, cfg.noise)
@@ -236,9 +230,9 @@ def main():
             f_test = draw_functions(apply, draw, carry, draw_keys, x_test)
             score = evaluate(f_test, y_test, draws[-1], grid, cfg.noise)
             scores[name].append(score)
-        if run == 0:
-            save_plot(cfg.plot, data, grid, draws, cfg.noise)
+        pictured = pictured or (data, grid, draws)
     print_table(scores)
+    save_plot(cfg.plot, *pictured, cfg.noise)
 
 
 if __name__ == "__main__":

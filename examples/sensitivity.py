@@ -23,17 +23,19 @@ examples a network depends on where every label is right: the unusual ones.
 Toy size: `--epochs 2 --seeds 2 --hidden 16`
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from running import data_files, flags
+from running.flags import Count, Fraction, Picture, Positive, Seed
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
@@ -46,32 +48,24 @@ class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
     data: str = ""  # an npz file with `images` (N, side, side), uint8, and `labels`
-    flip: float = 0.05  # share of the training labels to make wrong
-    hidden: int = 128  # units in each of the two hidden layers
-    epochs: int = 100
-    batch_size: int = 50
+    flip: Annotated[float, flags.positive, flags.below_one] = 0.05  # of the labels
+    hidden: Count = 128  # units in each of the two hidden layers
+    epochs: Count = 100
+    batch_size: Count = 50
     learning_rate: float = 0.3
-    hess_init: float = 0.2
-    b2: float = 0.9997
+    hess_init: Positive = 0.2
+    b2: Fraction = 0.9997
     weight_decay: float = 1e-3
-    seeds: int = 3  # runs, each with a split, flips, weights and noise of its own
-    seed: int = 0
-    plot: str = "sensitivity.png"
-
-
-def parse_args() -> Config:
-    """Read a `Config` from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    return Config(**vars(parser.parse_args()))
+    seeds: Count = 3  # runs, each with a split, flips, weights and noise of its own
+    seed: Seed = 0
+    plot: Picture = "sensitivity.png"
 
 
 def load_images(path):
     """Images in [0, 1], (N, side, side), and their labels: those of scikit-learn."""
     if path:
-        with np.load(path) as file:
-            images, labels = file["images"] / 255, file["labels"]
+        images, labels = data_files.read_images(path)
+        images = images / 255
     else:
         images, labels = load_digits().images / 16, load_digits().target
     return jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
@@ -216,12 +210,14 @@ def save_plot(path, rows, images, labels, given):
 
 def main():
     """Train on some wrong labels, and once on none; print the table, draw images."""
-    cfg = parse_args()
+    cfg = flags.parse(Config, __doc__)
     keys = jax.random.split(jax.random.key(cfg.seed), cfg.seeds)
     split = jax.vmap(jax.random.split, (0, None), 1)
     data_keys, train_keys, random_keys = split(keys, 3)
     make_runs = jax.vmap(functools.partial(make_run, flip=cfg.flip), (0, None, None))
-    train_data, (test_x, test_y) = make_runs(data_keys, *load_images(cfg.data))
+    images, labels = load_images(cfg.data)
+    flags.check_batch_size(cfg.batch_size, 4 * len(labels) // 5)
+    train_data, (test_x, test_y) = make_runs(data_keys, images, labels)
     images, labels, given = train_data
     # The last run is the first again, with the right labels.
     images, labels = (jnp.append(x, x[:1], axis=0) for x in (images, labels))

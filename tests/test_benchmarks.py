@@ -1,5 +1,6 @@
 """benchmarks/run.py: the tables of benchmarks/README.md are what its commands print."""
 
+import dataclasses
 import importlib
 import importlib.util
 import math
@@ -68,6 +69,22 @@ def test_every_script_takes_the_flags_of_its_command(command, monkeypatch):
     config = module.report.parse_args(module.Config, module.__doc__)
     for name, value in zip(flags[::2], flags[1::2], strict=True):
         assert str(getattr(config, name.removeprefix("--"))) == value
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_numbers_that_no_run_can_mean_are_refused(command, monkeypatch, capsys):
+    script = shlex.split(command)[1]
+    if "ground_truth" in script:
+        pytest.importorskip("blackjax")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = importlib.import_module(pathlib.Path(script).stem)
+    for field in dataclasses.fields(module.Config):
+        if field.type is str:
+            continue
+        monkeypatch.setattr("sys.argv", [script, f"--{field.name}=-1"])
+        with pytest.raises(SystemExit):
+            module.report.parse_args(module.Config, module.__doc__)
+        assert f"--{field.name} must " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What the examples share: checked flags, data files and checkpoints."""
