@@ -10,7 +10,7 @@ standard error over three seeds; the test loss at the end is 0.213 for both:
 | estimate of the test loss | correlation   | mean gap      | at the end    |
 | ------------------------- | ------------- | ------------- | ------------- |
 | IVON, training loss       | 0.999 ± 0.000 | 0.112 ± 0.016 | 0.094 ± 0.012 |
-| IVON, leave-one-out       | 0.997 ± 0.000 | 0.062 ± 0.008 | 0.230 ± 0.026 |
+| IVON, leave-one-out       | 0.997 ± 0.000 | 0.062 ± 0.008 | 0.231 ± 0.026 |
 | AdamW, training loss      | 1.000 ± 0.000 | 0.124 ± 0.005 | 0.073 ± 0.003 |
 | AdamW, leave-one-out      | 0.999 ± 0.000 | 0.087 ± 0.004 | 0.104 ± 0.006 |
 

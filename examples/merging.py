@@ -12,10 +12,10 @@ error over five seeds; the program prints a column for each domain:
 | base | 47.1 ± 0.5 |  |  |
 | fine-tuned, all tasks | 41.5 ± 0.3 |  |  |
 | fine-tuned, own task | 96.8 ± 0.2 |  |  |
-| task arithmetic | 56.2 ± 0.6 | 0.3 | 0 |
-| SG | 66.0 ± 2.5 | 1 | 6 |
-| IVON, h0 by SG | 67.6 ± 2.8 | 1.4 | 1 |
-| IVON | 66.6 ± 1.9 | 1 | 0 |
+| task arithmetic | 56.2 ± 0.7 | 0.3 | 0 |
+| SG | 65.7 ± 2.5 | 1 | 6 |
+| IVON, h0 by SG | 67.5 ± 2.8 | 1.4 | 1 |
+| IVON | 66.2 ± 2.0 | 1 | 0 |
 
 Hessians are worth ten points over task arithmetic. IVON's, which are there when
 training ends, merge as well as the squared-gradient Fisher (SG), which takes another

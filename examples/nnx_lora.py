@@ -14,8 +14,8 @@ Expected on 699 other digits, mean ± standard error over three seeds:
 | ----------- | ---------- | -------------- | ------------- | ------------- |
 | before LoRA | 10.9 ± 0.2 | 14.567 ± 0.288 | 0.870 ± 0.003 | 1.740 ± 0.005 |
 | AdamW       | 70.3 ± 0.6 | 1.224 ± 0.075  | 0.062 ± 0.006 | 0.434 ± 0.011 |
-| IVON@mean   | 73.9 ± 1.1 | 1.524 ± 0.114  | 0.166 ± 0.005 | 0.416 ± 0.011 |
-| IVON        | 72.5 ± 1.7 | 1.093 ± 0.085  | 0.082 ± 0.005 | 0.390 ± 0.014 |
+| IVON@mean   | 74.0 ± 1.1 | 1.509 ± 0.062  | 0.163 ± 0.003 | 0.418 ± 0.014 |
+| IVON        | 73.6 ± 1.0 | 1.105 ± 0.041  | 0.080 ± 0.011 | 0.389 ± 0.012 |
 
 IVON's best Hessian initialisation, 3, is the largest of its three, and AdamW's ECE is
 the lower: it stopped short of fitting its 100 examples, with a smaller learning rate
