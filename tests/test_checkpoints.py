@@ -85,6 +85,7 @@ DAMAGES = {
     "flipped middle": flip_the_middle,
     "truncated": lambda content: content[: len(content) // 2],
     "empty": lambda _: b"",
+    "deleted": lambda _: None,
 }
 
 
@@ -97,8 +98,13 @@ def test_damage_in_any_file_is_seen_or_changes_nothing(
     for number, file in enumerate(files(original / "2")):
         path = copied(original, tmp_path / str(number))
         content = file.read_bytes()
-        (path / file.relative_to(original)).write_bytes(DAMAGES[damage](content))
-        state, log, step = restored(path)
+        damaged = path / file.relative_to(original)
+        content = DAMAGES[damage](content)
+        damaged.unlink() if content is None else damaged.write_bytes(content)
+        with checkpoints.Folder(path, IDENTITY) as folder:
+            state, log, step = folder.restore(on_device(STATE))
+            if step == 1:
+                folder.save(2, state, log)
         expected = {1: STATE, 2: LATER}[step]
         chex.assert_trees_all_equal(state, expected)
         assert log == [{"nll": 0.5}, {"nll": 0.25}][:step]
@@ -106,6 +112,7 @@ def test_damage_in_any_file_is_seen_or_changes_nothing(
             seen += 1
             assert f"The checkpoint {path / '2'} is damaged: " in capfd.readouterr().err
             assert (path / "damaged_2").exists()
+            assert restored(path)[2] == 2
     assert seen >= 3
 
 

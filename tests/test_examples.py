@@ -16,6 +16,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from running import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -59,6 +60,18 @@ def test_header_is_what_the_example_prints(name, tmp_path):
 def test_readme_has_the_table_of_the_quickstart():
     [table] = tables(docstring(ROOT / "examples" / "digits.py"))
     assert table in tables((ROOT / "README.md").read_text())
+
+
+def test_labels_of_two_bars_that_are_cut_do_not_overlap():
+    """Where over 30 % of the digits and of the others are sure."""
+    digits = importlib.import_module("digits")
+    figure = Figure(figsize=(10, 3.5), dpi=200, layout="constrained")
+    sure = np.eye(10)[np.zeros(100, int)]
+    _, axes, _ = figure.subplots(1, 3)
+    digits.draw_entropies(axes, "AdamW", "#D55E00", sure, sure)
+    figure.draw_without_rendering()
+    first, second = (text.get_window_extent() for text in axes.texts)
+    assert not first.overlaps(second)
 
 
 def run(path, folder, *options, flags=()):
