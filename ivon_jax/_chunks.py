@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from . import _sharding
+
 
 def map_examples(fn, examples, chunk_size):
     """Map `fn` over the first axes of `examples`, `chunk_size` of them at once."""
@@ -31,7 +33,7 @@ def sum_examples(fn, examples, chunk_size):
     if count * size < _length(examples):
         start = total(_after(count * size, examples))
     else:
-        start = jax.tree.map(jnp.zeros_like, jax.eval_shape(total, chunk(0)))
+        _, start = _sharding.zeros_of(lambda _: total(chunk(0)), None)
     return jax.lax.fori_loop(0, count, include, start)
 
 

@@ -54,7 +54,8 @@ class Outputs:
         return jax.lax.map(row, jnp.arange(self.mean.size))
 
     def _one_hot(self, output):
-        return jax.nn.one_hot(output, self.mean.size, dtype=self.mean.dtype)
+        one_hot = jax.nn.one_hot(output, self.mean.size, dtype=self.mean.dtype)
+        return one_hot + jnp.zeros_like(self.mean)  # for the type of the outputs
 
 
 def linearize(
@@ -83,8 +84,11 @@ def linearize(
             wide = output.astype(np.promote_types(output.dtype, np.float32))
             return _sharding.whole(wide)
 
-        output, push = jax.linearize(outputs, center)
-        transpose = jax.linear_transpose(push, center)
+        # Or else `jax.shard_map` sums products with J^T over its devices.
+        zero = jnp.zeros_like(jax.tree.leaves(example)[0], shape=())
+        own = [x + zero.astype(x.dtype) for x in center]
+        output, push = jax.linearize(outputs, own)
+        transpose = jax.linear_transpose(push, own)
         return Outputs(output, lambda v: transpose(v)[0], push, variance)
 
     return of_example

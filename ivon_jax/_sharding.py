@@ -1,6 +1,7 @@
-"""Arrays of explicit meshes, whose types hold their sharding.
+"""Arrays whose types hold more than shape and dtype.
 
-Automatic meshes need none of this: there the compiler chooses.
+On explicit meshes it is their sharding, within `jax.shard_map` the axes along which
+they vary. Automatic meshes need none of this: there the compiler chooses.
 """
 
 import jax
@@ -62,3 +63,46 @@ def row(x, index):
         found = jnp.sum(jnp.where(chosen, x, 0), axis=0, dtype=x.dtype)
     missing = jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0
     return jnp.where((index >= 0) & (index < len(x)), found, missing).astype(x.dtype)
+
+
+def zeros_of(fn, args, dtype=lambda output: output.dtype):
+    """Shapes and zeros of what ``fn(args)`` returns, for the carry of a loop.
+
+    The zeros have the types of the outputs, with ``dtype(output)`` for their dtypes.
+    """
+    zeros = []
+
+    def traced(args):
+        outputs = fn(args)
+        zeros.extend(map(_zeros, jax.tree.leaves(outputs)))
+        return outputs
+
+    outputs = jax.eval_shape(traced, args)
+    make = iter(zeros)
+    return outputs, jax.tree.map(lambda output: next(make)(dtype(output)), outputs)
+
+
+def _zeros(output):
+    """What makes zeros, of a dtype, in the type of a traced output."""
+    if jnp.issubdtype(output.dtype, jax.dtypes.prng_key):
+        data, impl = _zeros(jax.random.key_data(output)), jax.random.key_impl(output)
+        return lambda _: jax.random.wrap_key_data(data(jnp.uint32), impl=impl)
+    type_, sharding = jax.typeof(output), in_type(output)
+
+    def make(dtype):
+        zeros = jnp.zeros(type_.shape, dtype)
+        if sharding is not None and any(sharding.spec):
+            zeros = jax.sharding.reshard(zeros, sharding)
+        for axis in _varying(type_):
+            # Not `pcast`, which older versions call otherwise.
+            zeros += jnp.zeros_like(jax.lax.axis_index(axis), dtype)
+        return zeros
+
+    return make
+
+
+def _varying(type_):
+    """The manual axes along which an array differs between devices."""
+    if hasattr(type_, "vma"):
+        return type_.vma
+    return type_.manual_axis_type.varying
