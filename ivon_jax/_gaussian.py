@@ -301,7 +301,8 @@ def drawn(
         return theta.astype(dtype or mean.dtype)
 
     def cast(mean):
-        return mean if dtype is None else mean.astype(dtype)
+        floating = jnp.issubdtype(jnp.result_type(mean), jnp.inexact)
+        return mean.astype(dtype) if dtype is not None and floating else mean
 
     return map_arrays(shift, q, noise, point_mass=cast)
 

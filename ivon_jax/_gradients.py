@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _rules
+from . import _checks, _rules, _sharding
 from ._gaussian import drawn, map_arrays, standard_normal
-from ._mean import scan_mean, vmap_mean
+from ._mean import is_key, scan_mean, vmap_mean
 from ._posterior import posterior
 from ._transform import Estimate
 
@@ -56,17 +56,17 @@ def value_and_grad(
     >>> updates, opt_state = estimate.update(tx, opt_state, params)
 
     Args:
-      loss_fn: ``loss_fn(theta, *args)``, the *mean* loss per example, a scalar; with
-        `has_aux` a pair of it and any pytree.
+      loss_fn: ``loss_fn(theta, *args, **kwargs)``, the *mean* loss per example, a
+        scalar; with `has_aux` a pair of it and any pytree.
       has_aux: whether `loss_fn` returns a pair. Floating-point leaves of aux come back
-        averaged, as the loss does; of others (counters, say) the last one comes back,
-        each device its own.
+        averaged, as the loss does; of others (counters, random keys) the last one comes
+        back, each device its own.
       mc_samples: S, how many samples each (micro-)batch is evaluated at.
       microbatches: cut every array in `args` along its first axis into this many
         slices, one after the other, each with fresh noise: memory for one slice. Slice
         j has the rows ``j::microbatches``, so a batch that is sharded over devices
-        stays so. Scalars go to every slice as they are; anything else of a fixed size
-        belongs into `loss_fn`.
+        stays so. Scalars go to every slice as they are. Class weights and whatever else
+        is no batch are no arguments: let `loss_fn` close over them.
       grad_transform: a stateless optax transformation, such as
         ``optax.clip_by_global_norm(1.0)``, of every sampled gradient before the product
         with its noise, as in the paper's GPT-2 runs.
@@ -101,13 +101,29 @@ def value_and_grad(
         after the other: faster for small models, memory grows with S.
 
     Returns:
-      A function ``(key, params, opt_state, *args) -> value, Estimate(grad, hess)``,
-      where value is the loss, or (loss, aux) with `has_aux`. With one sample of one
-      batch, theta is ``ivon_jax.sample(key, params, opt_state)``. Where theta has
+      A function ``(key, params, opt_state, *args, **kwargs) -> value, Estimate(grad,
+      hess)``, where value is the loss, or (loss, aux) with `has_aux`. Integers among
+      the parameters pass through, with gradients of zero. With one sample of one batch,
+      theta is ``ivon_jax.sample(key, params, opt_state)``. Where theta has
       fewer bits than the posterior (`compute_dtype`, or low-precision params), theta
       minus the mean would take rounding errors for curvature: the exact noise is drawn
       a second time from the same key once the gradient is there, so that no memory
       holds it in the meantime.
+
+      Typed random keys in `args` (``jax.random.key``; for dropout, say, also in the
+      state of an NNX model) are new at every draw: ``jax.random.fold_in`` of the
+      device, micro-batch, sample and, with "gauss_newton", example. With one draw of
+      the whole batch a key stays as it is. Legacy keys look like a batch of two, and
+      are refused where there are several draws.
+
+      Where rows count unequally, such as sequences of unequal numbers of tokens, the
+      mean over micro-batches is not the mean over all tokens. With this loss it is, for
+      value, gradient and the Hessian estimate of "reparameterization"::
+
+          def loss_fn(theta, tokens, mask, scale):
+              return scale * jnp.sum(token_losses(theta, tokens) * mask)
+
+          scale = microbatches / mask.sum()  # of all tokens; times devices of an axis
 
       ``estimate.update(tx, opt_state, params)`` takes the step, through any optax
       transformation.
@@ -131,34 +147,40 @@ def value_and_grad(
     if hess_reduce_dtype is not None:
         _checks.floating_dtype("hess_reduce_dtype", hess_reduce_dtype)
         _checks.has_axis("hess_reduce_dtype", axis_name)
+    one_draw = mc_samples == microbatches == 1 and axis_name is None
+    one_draw = one_draw and hess_estimator != "gauss_newton"
     draw = functools.partial(
         _draw, loss_fn, grad_transform, hess_estimator, compute_dtype
     )
 
-    def over_samples(q, key, args):
+    def over_samples(q, key, batch):
         if mc_samples == 1:
-            return draw(q, key, args)
-        return mean(lambda k: draw(q, k, args), jax.random.split(key, mc_samples))
+            return draw(q, key, batch)
+        draws = jax.random.split(key, mc_samples), jnp.arange(mc_samples)
+        return mean(lambda x: draw(q, x[0], _fold_in(batch, x[1])), draws)
 
-    def over_microbatches(q, key, args):
+    def over_microbatches(q, key, batch):
         if microbatches == 1:
-            return over_samples(q, key, args)
-        slices, join = _cut("microbatches", microbatches, args)
+            return over_samples(q, key, batch)
+        slices, join = _cut("microbatches", microbatches, batch)
         keys = jax.random.split(key, microbatches)
         return scan_mean(lambda x: over_samples(q, x[0], join(x[1])), (keys, slices))
 
-    def estimate(key, params, opt_state, *args):
+    def estimate(key, params, opt_state, *args, **kwargs):
+        key, batch = _checks.random_key("key", key), (args, kwargs)
+        if not one_draw:
+            _checks.typed_keys(batch)
         q = posterior(params, opt_state)
         if axis_name is None:
-            loss, aux, result = over_microbatches(q, key, args)
+            loss, aux, (grad, hess) = over_microbatches(q, key, batch)
         else:
             index = _checks.axis_index(axis_name)
-            key = jax.random.fold_in(key, index)
-            outputs = over_microbatches(_per_device(q, index), key, args)
+            key, batch = jax.random.fold_in(key, index), _fold_in(batch, index)
+            outputs = over_microbatches(_per_device(q, index), key, batch)
             loss, aux, (grad, hess) = outputs
             loss, aux, grad = _mean_over_devices((loss, aux, grad), axis_name)
             hess = _mean_over_devices(hess, axis_name, hess_reduce_dtype)
-            result = Estimate(grad, hess)
+        result = Estimate(_with_zeros(grad, params), hess)
         return ((loss, aux) if has_aux else loss), result
 
     return estimate
@@ -167,8 +189,9 @@ def value_and_grad(
 def _with_aux(loss_fn, has_aux):
     """`loss_fn` returning a checked (loss, aux), aux None where it has none."""
 
-    def checked(theta, *args):
-        value = loss_fn(theta, *args)
+    def checked(theta, batch):
+        args, kwargs = batch
+        value = loss_fn(theta, *args, **kwargs)
         _checks.scalar_loss(value, has_aux)
         loss, aux = value if has_aux else (value, None)
         return loss, jax.tree.map(jnp.asarray, aux)
@@ -176,21 +199,50 @@ def _with_aux(loss_fn, has_aux):
     return checked
 
 
-def _draw(loss_fn, grad_transform, hess_estimator, compute_dtype, q, key, args):
-    """Loss, aux and estimate at one sample of one batch."""
+def _draw(loss_fn, grad_transform, hess_estimator, compute_dtype, q, key, batch):
+    """Loss, aux and estimate at one sample of one batch; no gradient of integers."""
     theta = drawn(q, standard_normal(q, key), compute_dtype)
-    (loss, aux), grad = jax.value_and_grad(loss_fn, has_aux=True)(theta, *args)
-    grad = optax.tree.cast_like(grad, q.mean)
+    floating, join = _floating(theta)
+
+    def loss_and_aux(floating):
+        return loss_fn(join(floating), batch)
+
+    (loss, aux), grad = jax.value_and_grad(loss_and_aux, has_aux=True)(floating)
+    grad = optax.tree.cast_like(grad, _floating(q.mean)[0])
     if grad_transform is not None:
-        grad = _transformed(grad_transform, grad, theta)
+        grad = _transformed(grad_transform, grad, floating)
     match hess_estimator:
         case "reparameterization":
             hess = _reparameterization(q, key, theta, loss, grad)
         case "squared_gradient":
             hess = _squared_gradient(q, grad)
         case "gauss_newton":
-            hess = _gauss_newton(q, loss_fn, theta, args)
+            hess = _gauss_newton(q, loss_fn, theta, batch)
     return loss, aux, Estimate(grad, hess)
+
+
+def _floating(theta):
+    """What of `theta` has a gradient, None for the rest, and the way back to theta."""
+
+    def join(floating):
+        return jax.tree.map(lambda x, y: x if y is None else y, theta, floating)
+
+    return jax.tree.map(lambda x: x if _is_floating(x) else None, theta), join
+
+
+def _is_floating(x):
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def _with_zeros(grad, params):
+    """`grad` with zeros for integers, so that updates leave them as they are."""
+
+    def fill(param, g):
+        if g is not None or is_key(param):
+            return g
+        return jnp.zeros_like(param)
+
+    return jax.tree.map(fill, params, grad)
 
 
 def _transformed(grad_transform, grad, theta):
@@ -216,9 +268,12 @@ def _reparameterization(q, key, theta, loss, grad):
     if not any(jax.tree.leaves(map_arrays(_rounded, q, theta))):
         return map_arrays(from_theta, q, grad, theta)
     # NaN anyway, where the key is another one: what counts is that this draw needs the
-    # loss, or the compiler would keep the first one for it.
+    # loss, or the compiler would keep the first one for it. The clones tell jax's
+    # checker that the key is used a second time.
+    key = jax.random.clone(key)
     key = jnp.where(jnp.isnan(loss), jax.random.fold_in(key, 0), key)
-    return map_arrays(from_noise, q, grad, standard_normal(q, key))
+    noise = standard_normal(q, jax.random.clone(key))
+    return map_arrays(from_noise, q, grad, noise)
 
 
 def _rounded(_, precision, theta):
@@ -232,34 +287,63 @@ def _squared_gradient(q, grad):
     return map_arrays(square, q, grad)
 
 
-def _gauss_newton(q, loss_fn, theta, args):
-    """Eq. 2: every example is a micro-batch of one."""
-    examples, join = _cut("gauss_newton", _checks.batch_size(args), args)
+def _gauss_newton(q, loss_fn, theta, batch):
+    """Eq. 2: every example is a micro-batch of one, with random keys of its own."""
+    batch = _map_keys(jax.random.clone, batch)  # the loss of the batch has used them
+    slices, join = _cut("gauss_newton", None, batch)
+    floating, whole = _floating(theta)
 
-    def of_example(example):
-        grad, _ = jax.grad(loss_fn, has_aux=True)(theta, *join(example))
+    def of_example(one_slice):
+        grad, _ = jax.grad(
+            lambda floating: loss_fn(whole(floating), join(one_slice)), has_aux=True
+        )(floating)
         return _squared_gradient(q, grad)
 
-    return vmap_mean(of_example, examples)
+    return vmap_mean(of_example, slices)
 
 
-def _cut(name, count, args):
-    """Slices ``j::count`` of the arrays in `args`, stacked, and the way back to args.
+def _cut(name, count, batch):
+    """Slices ``j::count`` of the arrays in `batch`, stacked, and the way back to it.
 
     Strided slices, because those of an array sharded along its first axis are sharded
-    alike; contiguous ones would each lie on a few of the devices.
+    alike; contiguous ones would each lie on a few of the devices. No count cuts into
+    single examples. Random keys go to every slice, folded with its index.
     """
-    leaves, structure = jax.tree.flatten(args)
-    arrays = {i: x for i, x in enumerate(leaves) if getattr(x, "ndim", 0) > 0}
-    _checks.divisible(name, count, arrays.values())
+    length = _checks.batch_size(name, count, batch)
+    count = count or length
+    leaves, structure = jax.tree.flatten(batch)
+    shapes = [getattr(x, "shape", ()) for x in leaves]
+    arrays = {i: x for i, x in enumerate(leaves) if shapes[i][:1] == (length,)}
 
     def strided(x):
-        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(length // count, count, *x.shape[1:]).swapaxes(0, 1)
 
     def join(one_slice):
-        return structure.unflatten([one_slice.get(i, x) for i, x in enumerate(leaves)])
+        index, cut = one_slice
+        whole = structure.unflatten([cut.get(i, x) for i, x in enumerate(leaves)])
+        return _fold_in(whole, index)
 
-    return {i: strided(x) for i, x in arrays.items()}, join
+    slices = {i: strided(x) for i, x in arrays.items()}
+    return (_sharding.positions(next(iter(slices.values()))), slices), join
+
+
+def _fold_in(batch, index):
+    """`batch` with its random keys, if any, made those of this draw."""
+    return _map_keys(lambda key: jax.random.fold_in(key, index), batch)
+
+
+def _map_keys(fn, tree):
+    """Map `fn` over every typed random key in `tree`."""
+
+    def leaf(x):
+        if not (isinstance(x, jax.Array) and is_key(x)):
+            return x
+        mapped = fn
+        for _ in x.shape:
+            mapped = jax.vmap(mapped)
+        return mapped(x)
+
+    return jax.tree.map(leaf, tree)
 
 
 def _per_device(q, index):
@@ -270,7 +354,9 @@ def _per_device(q, index):
     """
 
     def vary(mean, precision):
-        return mean + jnp.zeros_like(index, mean.dtype) if precision is None else mean
+        if precision is not None or not _is_floating(mean):
+            return mean
+        return mean + jnp.zeros_like(index, mean.dtype)
 
     return q._replace(mean=jax.tree.map(vary, q.mean, q.precision))
 

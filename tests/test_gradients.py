@@ -421,6 +421,19 @@ BAD_CALLS = {
     "vector_loss": (per_example, {}, ValueError, "scalar, the mean loss per example"),
     "pair": (pair, {}, TypeError, "got tuple. Pass `has_aux=True`"),
     "no_pair": (loss_fn, {"has_aux": True}, TypeError, "must return (loss, aux) with"),
+    "nothing": (lambda *_: None, {}, TypeError, "got None. Does it return its result?"),
+    "integer": (
+        lambda theta, x: jnp.int32(loss_fn(theta, x)),
+        {},
+        TypeError,
+        "`loss_fn` must return a real floating-point scalar, got dtype int32.",
+    ),
+    "complex": (
+        lambda theta, x: jnp.complex64(loss_fn(theta, x)),
+        {},
+        TypeError,
+        "`loss_fn` must return a real floating-point scalar, got dtype complex64.",
+    ),
     "indivisible": (
         loss_fn,
         {"microbatches": 5},
@@ -471,8 +484,223 @@ def test_gauss_newton_needs_one_batch_size(key):
     grad_fn = ivon_jax.value_and_grad(
         lambda theta, x, _: loss_fn(theta, x), hess_estimator="gauss_newton"
     )
-    with pytest.raises(ValueError, match=r"got lengths \[3, 12\]"):
+    with pytest.raises(ValueError, match=r"got 12 at args\[0\] and 3 at args\[1\]"):
         grad_fn(key, PARAMS, STATE, BATCH, jnp.ones(3))
+
+
+@pytest.mark.parametrize("weights", [{"w": jnp.ones(10)}, {"w": np.ones((24, 1))}])
+def test_what_is_no_batch_is_not_cut(weights):
+    """Neither a length that `microbatches` divides, nor another one."""
+    grad_fn = ivon_jax.value_and_grad(
+        lambda theta, x, **_: loss_fn(theta, x), microbatches=2
+    )
+    length = len(weights["w"])
+    message = (
+        "`microbatches` needs one batch, whose arrays have first axes of one length, "
+        f"got 12 at args[0] and {length} at weights['w']. What is no batch, such as "
+        "class weights, is no argument: let `loss_fn` close over it."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        grad_fn(jax.random.key(0), PARAMS, STATE, BATCH, weights=weights)
+
+
+def test_an_empty_batch_is_an_error():
+    grad_fn = ivon_jax.value_and_grad(loss_fn, microbatches=2)
+    message = "`microbatches` needs at least one example, got none at args[0]."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        grad_fn(jax.random.key(0), PARAMS, STATE, BATCH[:0])
+
+
+DRAWS = {
+    "samples": ({"mc_samples": 3}, 3),
+    "side_by_side": ({"mc_samples": 3, "vectorize": True}, 3),
+    "microbatches": ({"microbatches": 4}, 4),
+    "both": ({"mc_samples": 2, "microbatches": 2}, 4),
+    "examples": ({"hess_estimator": "gauss_newton"}, 13),
+    "devices": ({"axis_name": "data"}, 2),
+}
+
+
+@pytest.mark.parametrize(("options", "count"), DRAWS.values(), ids=DRAWS)
+def test_random_keys_are_new_at_every_draw(options, count):
+    """In a tree, and one for each example; jax's checker finds none used twice."""
+    seen = []
+
+    def loss(theta, batch, rngs):
+        data = jax.random.key_data(rngs["dropout"])
+        jax.debug.callback(lambda x: seen.append(x.tobytes()), data)
+        each = jax.vmap(jax.random.bits)(rngs["each"])
+        jax.debug.callback(lambda x: seen.extend(map(bytes, x[:, None])), each)
+        return loss_fn(theta, batch)
+
+    axes = (None, None, None, 0, {"dropout": None, "each": 0})
+    grad_fn = ivon_jax.value_and_grad(loss, **options)
+    rngs = {
+        "dropout": jax.random.key(5),
+        "each": jax.random.split(jax.random.key(6), 12),
+    }
+    args = jax.random.key(0), PARAMS, STATE, BATCH, rngs
+    rows = 12 * options.get("mc_samples", 1)
+    if "axis_name" in options:
+        grad_fn = jax.vmap(grad_fn, axes, axis_name="data")
+        halves = [x.reshape(2, 6, *x.shape[1:]) for x in (BATCH, rngs["each"])]
+        args = *args[:3], halves[0], rngs | {"each": halves[1]}
+    if "hess_estimator" in options:
+        rows += 12
+    with jax.debug_key_reuse(True):
+        jax.jit(grad_fn)(*args)
+    jax.effects_barrier()
+    assert len(seen) == len(set(seen)) == count + rows
+
+
+@pytest.mark.parametrize("estimator", ["reparameterization", "gauss_newton"])
+def test_one_draw_has_the_key_itself(estimator, key):
+    """As without `value_and_grad`, so that adding it changes no result."""
+
+    def loss(theta, batch, dropout):
+        return loss_fn(theta, batch), jax.random.key_data(dropout)
+
+    grad_fn = ivon_jax.value_and_grad(loss, True, hess_estimator=estimator)
+    (_, data), _ = grad_fn(key, PARAMS, STATE, BATCH, jax.random.key(5))
+    np.testing.assert_array_equal(data, jax.random.key_data(jax.random.key(5)))
+
+
+@pytest.mark.parametrize("options", [options for options, _ in DRAWS.values()])
+def test_a_legacy_key_is_not_taken_for_a_batch(options):
+    """It looks like a batch of two; with one draw of the whole batch it may pass."""
+
+    def loss(theta, batch, rngs):
+        return loss_fn(theta, batch) + 0.0 * jax.random.normal(rngs["dropout"])
+
+    args = PARAMS, STATE, BATCH, {"dropout": jax.random.PRNGKey(0)}
+    ivon_jax.value_and_grad(loss)(jax.random.key(0), *args)
+    message = (
+        "got uint32 of shape (2,) at args[1]['dropout'], which may be a legacy key"
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
+        ivon_jax.value_and_grad(loss, **options)(jax.random.key(0), *args)
+
+
+@pytest.mark.parametrize("options", [{"mc_samples": 2}, {"microbatches": 2}])
+def test_keys_are_aux(options, key):
+    """Such as the random state of a network with dropout: the last one stays."""
+
+    def loss(theta, batch, dropout):
+        jax.random.bits(dropout)
+        return loss_fn(theta, batch), {"rngs": jax.random.clone(dropout)}
+
+    grad_fn = ivon_jax.value_and_grad(loss, True, **options)
+    with jax.debug_key_reuse(True):
+        (_, aux), _ = jax.jit(grad_fn)(key, PARAMS, STATE, BATCH, jax.random.key(5))
+    expected = jax.random.fold_in(jax.random.key(5), 1)
+    assert aux["rngs"] == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compute_dtype": jnp.bfloat16},
+        {"compute_dtype": jnp.bfloat16, "mc_samples": 2, "microbatches": 2},
+    ],
+)
+def test_the_noise_that_is_drawn_again_passes_the_checker_of_keys(options):
+    grad_fn = ivon_jax.value_and_grad(
+        lambda theta, x: loss_fn(optax.tree.cast(theta, jnp.float32), x), **options
+    )
+    with jax.debug_key_reuse(True):
+        jax.jit(jax.vmap(grad_fn, (0, None, None, None)))(
+            jax.random.split(jax.random.key(0), 2), PARAMS, STATE, BATCH
+        )
+
+
+def test_the_recipe_for_token_means_is_exact():
+    """Rows of 1 to 12 tokens: gradient, and the Hessian of a quadratic, of them all."""
+    tokens, k = jnp.arange(12)[:, None] >= jnp.arange(12)[None], 3
+    mask = tokens.astype(jnp.float32)
+
+    def losses(theta, x):
+        residual = flat(theta)[None] - x
+        return 0.5 * jnp.sum((residual @ HESSIAN) * residual, axis=1)[:, None]
+
+    def mean_of_tokens(theta):
+        return jnp.sum(losses(theta, BATCH) * mask) / jnp.sum(mask)
+
+    def sum_of_tokens(theta, x, mask, scale):
+        return scale * jnp.sum(losses(theta, x) * mask)
+
+    opt_state = ivon_jax.ivon(0.1, ess=1e30).init(PARAMS)
+    grad_fn = ivon_jax.value_and_grad(sum_of_tokens, microbatches=k)
+    args = PARAMS, opt_state, BATCH, mask, k / jnp.sum(mask)
+    loss, estimate = grad_fn(jax.random.key(0), *args)
+    expected = jax.value_and_grad(mean_of_tokens)(PARAMS)
+    chex.assert_trees_all_close((loss, estimate.grad), expected, rtol=1e-5)
+    draw = jax.jit(jax.vmap(lambda k: grad_fn(k, PARAMS, STATE, *args[2:])[1].hess))
+    hess = draw(jax.random.split(jax.random.key(1), REPEATS))
+    for name in PARAMS:
+        assert_mean(hess[name], DIAGONAL[name])
+
+
+INTEGERS = {"steps": jnp.arange(3), "on": jnp.array(True)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compute_dtype": jnp.bfloat16},
+        {"mc_samples": 2, "grad_transform": optax.clip(1.0)},
+    ],
+)
+def test_integers_pass_through(options, key):
+    """Left out with `optax.masked`, as `init` advises: no gradient, no update."""
+    params = PARAMS | INTEGERS
+    tx = optax.masked(TX, {name: name in PARAMS for name in params})
+    opt_state = tx.init(params)
+
+    def loss(theta, x):
+        for name, expected in INTEGERS.items():
+            assert theta[name].dtype == expected.dtype
+        theta = optax.tree.cast({k: theta[k] for k in PARAMS}, jnp.float32)
+        return loss_fn(theta, x)
+
+    grad_fn = ivon_jax.value_and_grad(loss, **options)
+    _, estimate = grad_fn(key, params, opt_state, BATCH)
+    updates, _ = tx.update(estimate.grad, opt_state, params, hess=estimate.hess)
+    after = optax.apply_updates(params, updates)
+    for name, x in INTEGERS.items():
+        assert estimate.hess[name] is None
+        np.testing.assert_array_equal(after[name], x, strict=True)
+    assert not np.array_equal(after["a"], PARAMS["a"])
+
+
+def test_arguments_may_have_names(key):
+    """As for `jax.value_and_grad`; they are cut like the others."""
+    grad_fn = ivon_jax.value_and_grad(loss_fn, microbatches=3)
+    named = grad_fn(key, PARAMS, STATE, batch=BATCH)
+    chex.assert_trees_all_equal(named, grad_fn(key, PARAMS, STATE, BATCH))
+
+
+@pytest.mark.parametrize("bad_key", [None, 0, jnp.float32(0), "seed"])
+def test_a_bad_key_is_named(bad_key):
+    grad_fn = ivon_jax.value_and_grad(loss_fn)
+    with pytest.raises(TypeError, match=r"`key` must be (a|one) JAX random key, got"):
+        grad_fn(bad_key, PARAMS, STATE, BATCH)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("estimator", ["reparameterization", "gauss_newton"])
+def test_float32_parameters_stay_float32_under_x64(estimator, key):
+    """With samples and micro-batches; ess and the loss are float64."""
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), PARAMS)
+    opt_state = TX.init(params)
+    grad_fn = ivon_jax.value_and_grad(
+        lambda theta, x: loss_fn(theta, x).astype(jnp.float64),
+        mc_samples=2,
+        microbatches=2,
+        hess_estimator=estimator,
+    )
+    loss, estimate = jax.jit(grad_fn)(key, params, opt_state, BATCH)
+    assert loss.dtype == jnp.float64
+    assert {x.dtype for x in jax.tree.leaves(estimate)} == {jnp.dtype(jnp.float32)}
 
 
 def test_no_ivon_in_the_state_is_an_error(key):

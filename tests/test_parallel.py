@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 from statistical import assert_at_most, assert_mean
 
-SCRIPT = Path(__file__).with_name("eight_devices.py")
+FOLDER = Path(__file__).parent
 ROUNDING = 1e-13  # of double precision, for sums of thousands of terms
 
 
 @functools.cache
-def run_on_eight_devices():
+def run_on_eight_devices(script):
     """In a process of its own, because this one has one device."""
-    command = [sys.executable, "-W", "error", SCRIPT]
+    command = [sys.executable, "-W", "error", FOLDER / script]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
 
-def facts_of(name):
-    done = run_on_eight_devices()
+def facts_of(name, script="eight_devices.py"):
+    done = run_on_eight_devices(script)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)[name]
 
@@ -164,3 +164,20 @@ def test_floating_aux_is_averaged_and_integers_stay_each_devices_own(map_, repli
     np.testing.assert_allclose(found["mean"], mean, rtol=1e-5, atol=1e-7)
     assert found["positive"] == facts["positive"]
     assert found["examples"] == np.full(replicas, facts["examples"]).tolist()
+
+
+MAPS = "eight_devices_maps.py"
+
+
+def test_estimates_are_the_same_within_every_map():
+    """Samples, micro-batches, estimators, meshes, checks of the types, dropout keys."""
+    facts = facts_of("estimates", MAPS)
+    assert len(facts) == 10
+    assert {name for name, found in facts.items() if not found < ROUNDING} == set()
+
+
+def test_means_over_samples_are_the_same_within_a_map():
+    """Predictions, the bound, the Fisher and others, of one device's examples."""
+    facts = facts_of("posteriors", MAPS)
+    assert len(facts) == 8
+    assert {name for name, found in facts.items() if not found < ROUNDING} == set()

@@ -1,5 +1,9 @@
 """Argument checks: the only place that words errors about values."""
 
+from .batches import (
+    batch_size as batch_size,
+    typed_keys as typed_keys,
+)
 from .data import (
     distributions as distributions,
     integers as integers,
@@ -75,8 +79,6 @@ from .states import (
     unbroken as unbroken,
 )
 from .trees import (
-    batch_size as batch_size,
-    divisible as divisible,
     floating_leaves as floating_leaves,
     floating_tree as floating_tree,
     is_mask as is_mask,

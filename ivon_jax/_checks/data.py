@@ -1,5 +1,7 @@
 """Data and functions of it: probabilities, labels, examples, outputs, losses."""
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,34 +214,35 @@ def scalar_loss(value, has_aux):
             f"{type(value).__name__}."
         )
     loss = value[0] if has_aux else value
-    if isinstance(loss, (tuple, list, dict)):
-        raise TypeError(
-            f"`loss_fn` must return a scalar, got {type(loss).__name__}. Pass "
-            "`has_aux=True` if it returns (loss, aux)."
-        )
-    if jnp.shape(loss) != ():
-        raise ValueError(
-            "`loss_fn` must return a scalar, the mean loss per example, got shape "
-            f"{jnp.shape(loss)}. Take its mean."
-        )
+    _mean_loss(loss, "Pass `has_aux=True` if it returns (loss, aux).")
 
 
 def one_loss(value):
     """Return a loss that is a scalar and nothing else."""
+    return _mean_loss(value, "Drop what it returns besides.")
+
+
+def _mean_loss(value, hint):
+    """Return a real scalar."""
     if value is None:
         raise TypeError(
             "`loss_fn` must return a scalar, the mean loss per example, got None. Does "
             "it return its result?"
         )
-    if isinstance(value, (tuple, list, dict)):
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic, numbers.Number)):
         raise TypeError(
             "`loss_fn` must return a scalar, the mean loss per example, got "
-            f"{type(value).__name__}. Drop what it returns besides."
+            f"{type(value).__name__}. {hint}"
         )
     if jnp.shape(value) != ():
         raise ValueError(
             "`loss_fn` must return a scalar, the mean loss per example, got shape "
             f"{jnp.shape(value)}. Take its mean."
+        )
+    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise TypeError(
+            "`loss_fn` must return a real floating-point scalar, got dtype "
+            f"{jnp.result_type(value)}. Has it been cast, or a real part not taken?"
         )
     return value
 

@@ -185,29 +185,3 @@ def non_negative_array(name, array):
         raise ValueError(
             f"`{name}` must be non-negative and finite, got {low} to {high}."
         )
-
-
-def divisible(name, count, arrays):
-    """Reject arrays that do not fall into `count` slices of one length."""
-    if not arrays:
-        raise ValueError(
-            f"`{name}` needs a batch to cut into {count}, got no array with an axis in "
-            "`args`."
-        )
-    for array in arrays:
-        if array.shape[0] % count:
-            raise ValueError(
-                f"`{name}` must divide the first axis of every array in `args`, got "
-                f"{count} for an array of shape {array.shape}."
-            )
-
-
-def batch_size(args):
-    """Return the one length of the first axes of the arrays in `args`."""
-    lengths = {x.shape[0] for x in jax.tree.leaves(args) if getattr(x, "ndim", 0)}
-    if len(lengths) != 1:
-        raise ValueError(
-            '`hess_estimator`="gauss_newton" needs the examples along the first axis '
-            f"of every array in `args`, got lengths {sorted(lengths)}."
-        )
-    return lengths.pop()
