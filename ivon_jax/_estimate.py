@@ -71,8 +71,9 @@ class Estimate(metaclass=_Shown):
         """Say no: Flax's train state asks for a collection by its name."""
         return False
 
-    def __repr__(self) -> str:
-        return f"Estimate(grad={self.grad}, hess={self.hess})"
+    def __repr__(self) -> str:  # for errors of older versions of jax, which print it
+        shapes = jax.tree.map(np.shape, self.grad)
+        return f"{type(self)!r} of a gradient of shapes {shapes}"
 
     def update(
         self,
