@@ -35,6 +35,7 @@ def test_example_runs_prints_a_table_and_saves_its_picture(path, tmp_path):
     """With warnings as errors, in a folder of its own."""
     toy = re.search(r"^Toy size: `(.*)`", path.read_text(), re.MULTILINE).group(1)
     printed = tables(run(path, tmp_path, "-W", "error", flags=shlex.split(toy)))
+    assert printed
     assert list(tmp_path.glob("*.png"))
     rows = {row[0] for table in printed for row in table}
     words = {word for t in printed for row in t for c in row for word in c.split()}
@@ -95,7 +96,6 @@ def docstring(path):
 def tables(text):
     """The tables of a text, lists of rows of cells without their spaces."""
     found = re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE)
-    assert found, text
     rows = [[line.strip("|").split("|") for line in t.splitlines()] for t in found]
     return [
         [[" ".join(cell.split()) for cell in row] for row in (top, *rest)]
