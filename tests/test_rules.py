@@ -121,3 +121,18 @@ def test_estimates_up_to_the_largest_hess_are_usable(hess, weight_decay):
     """The rule is Algorithm 1's exactly as long as h stays below 1e15."""
     hess_hat = hess * f32([0.0, -1.0, 1.0, 0.5, -0.5, -1e3 * (hess < 1e9)])
     assert jnp.all(_rules.usable(f32(hess), hess_hat, 0.99999, weight_decay))
+
+
+@pytest.mark.parametrize("b2", [0.0, 0.999])
+@pytest.mark.parametrize(("hess", "weight_decay"), [(1.0, 0.5), (5e14, 1e15)])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_usable_is_where_line_5_stays_below_the_largest_hess(
+    hess, weight_decay, sign, b2
+):
+    """h + s + s^2 / 2p = H has the roots s = -p +- sqrt(p^2 + 2p (H - h))."""
+    precision = hess + weight_decay
+    for share, usable in [(0.98, True), (1.02, False)]:
+        more = share * (_rules.LARGEST_HESS - hess)
+        s = -precision + sign * np.sqrt(precision**2 + 2 * precision * more)
+        hess_hat = f32(hess + s / (1 - b2))
+        assert _rules.usable(f32(hess), hess_hat, b2, weight_decay) == usable
