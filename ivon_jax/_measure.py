@@ -87,8 +87,9 @@ def of_hess(arrays, hess_init, b2, num_steps):
     share = -jnp.expm1(jnp.maximum(count, 1.0) * log_b2)
     way = _total([h - hess_init for h in hess]) / size
     lowest, highest = _range(hess)
+    median = _ranks.lower_median(hess)
     return {
-        "hess_median": _ranks.lower_median(hess),
+        "hess_median": median,
         "hess_min": lowest,
         "hess_max": highest,
         "hess_peak": highest / hess_init,
@@ -97,8 +98,19 @@ def of_hess(arrays, hess_init, b2, num_steps):
         "hess_half_life": -math.log(2.0) / log_b2,
         "hess_drift": _ranks.lower_median(drift),
         "hess_target": hess_init + way / share,
+        "hess_decayed": _decayed(hess, median, hess_init, b2, share) / size,
         "hess_rounding": max(x.spacings[1] for x in arrays) / (1.0 - b2),
     }
+
+
+def _decayed(hess, median, hess_init, b2, share):
+    """How many entries are where estimates of zero alone would have left them."""
+    # The correction of line 5 makes the decay a little slower than b2**t.
+    target = (median - hess_init) / share + hess_init
+    bare = (share > 0.01) & (jnp.abs(target) < (1.01 - b2) * hess_init)
+    spacing = 2.0 * float(jnp.finfo(jnp.float32).eps)
+    alike = _total([jnp.abs(h - median) <= spacing * median for h in hess])
+    return jnp.where(bare, alike, 0.0)
 
 
 def clipped_share(arrays, b1, clip_radius):

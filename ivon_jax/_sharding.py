@@ -45,14 +45,13 @@ def positions(x):
     )
 
 
+@jax.jit
 def row(x, index):
     """``x[index]``, for any sharding of the first axis, without gathering the rest.
 
     NaN, or zero of integers, where there is no such row.
     """
-    x = jnp.asarray(x)
-    if isinstance(index, int):
-        index = jnp.asarray(index)
+    x, index = jnp.asarray(x), jnp.asarray(index)
     if index.ndim:
         return jax.vmap(lambda i: row(x, i))(index)
     sharding = in_type(x)

@@ -25,6 +25,9 @@ Curvatures and losses are per example, losses in nats. From the state alone:
 * ``hess_drift``: the median of :math:`|h - h_0| / h_0`. ``hess_target``: the mean of h
   less what is left of h_0, :math:`(\bar h - \beta_2^t h_0) / (1 - \beta_2^t)`, to which
   h is on its way: the mean of the estimates.
+* ``hess_decayed``: the share of h that is just :math:`\beta_2^t h_0`, all alike: what
+  estimates of zero leave, as where ``sample`` was the mean. Zero until a hundredth
+  has decayed. Healthy: up to 0.99.
 * ``hess_rounding``: the spacing of h's dtype over :math:`1 - \beta_2`. Healthy: below
   1, or h cannot move; 0.01 for float32 and the paper's 0.99999.
 * ``effective_params``: MacKay's number of well-determined parameters,
@@ -71,7 +74,7 @@ from ._posterior import find_states, mean, posterior, prior
 
 DIVERGED = (
     "Training diverged, there are NaNs or infinities: lower the learning rate or warm "
-    "it up, raise hess_init or ess, or set clip_radius=1e-3."
+    "it up, raise hess_init or ess, or set clip_radius=1e-3 and rescale_lr=False."
 )
 DEAD = (
     "{zero_gradients:.0%} of the parameters have no gradient, units may be dead: raise "
@@ -93,6 +96,10 @@ NARROW = (
 MEMORY = (
     "h stays {hess_memory:.0%} hess_init, unless training goes on: make 1 - b2 about "
     "one over the number of steps, or tune hess_init instead."
+)
+UNLEARNED = (
+    "h only decays from hess_init, {hess_decayed:.0%} of it without any estimate: take "
+    "gradients at theta = ivon_jax.sample(key, params, opt_state), not at params."
 )
 NOISY = (
     "h fluctuates by {hess_noise:.1g} of itself: bring b2 closer to one, or take more "
@@ -120,6 +127,7 @@ HEALTHY = (  # number, its lowest and highest value, advice beyond them
     ("loss_gap", -math.inf, 0.5, GAP),
     ("noise_to_weight", 1e-3, math.inf, NARROW),
     ("hess_memory", 0.0, 0.9, MEMORY),
+    ("hess_decayed", 0.0, 0.99, UNLEARNED),
     ("hess_noise", 0.0, 0.3, NOISY),
     ("correction_mean", 0.0, 0.05, CORRECTED),
     ("clipped", 0.0, 0.9, CLIPPED),

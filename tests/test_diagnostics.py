@@ -126,6 +126,7 @@ def state_numbers(m, shift, g, h, delta, ess, t):
         "hess_half_life": np.log(0.5) / np.log(B2),
         "hess_drift": np.sort(np.abs(h - HESS_INIT) / HESS_INIT)[(m.size - 1) // 2],
         "hess_target": (h.mean() - share * HESS_INIT) / (1 - share),
+        "hess_decayed": 0.0,
         "hess_rounding": np.finfo(np.float64).eps / (1 - B2),
         "effective_params": gamma,
         "effective_share": gamma / m.size,
@@ -427,6 +428,7 @@ CASES = {
     "narrow": ({"ess": 1e9}, {}, "NARROW"),
     "memory": ({"count": 2_000}, {}, "MEMORY"),
     "memory_of_the_whole_run": ({}, {"num_steps": 2_000}, "MEMORY"),
+    "unlearned": ({"hess": 0.99999**50_000}, {}, "UNLEARNED"),
     "noisy": ({}, {"b2": 0.99, "loss_fn": lambda t: 0.8 * jnp.sum(t)}, "NOISY"),
     "corrected": ({}, {"b2": 0.9, "loss_fn": lambda t: 10.0 * t[0]}, "CORRECTED"),
     "clipped": ({"momentum": 1.0}, {"clip_radius": 1e-3}, "CLIPPED"),
@@ -476,6 +478,34 @@ def test_the_numbers_of_a_dead_network_are_no_nans():
 
 def test_nothing_is_said_about_a_healthy_state(key):
     assert advice_of({}, {"clip_radius": 10.0}, key) == []
+
+
+@pytest.mark.parametrize("b2", [0.9, 0.999, 0.99999])
+def test_a_run_with_the_mean_for_a_sample_is_told_whatever_the_rest(b2):
+    """A copy of the parameters, which no check of identity can see."""
+    params = jnp.array([1.0, -1.0, 2.0])
+    tx = ivon_jax.ivon(1e-3, ess=100, hess_init=1.0, b2=b2)
+
+    def step(carry, sigma):
+        params, opt_state = carry
+        theta = params + sigma * jnp.array([1.0, -1.0, 1.0])
+        updates, opt_state = tx.update(theta, opt_state, params, sample=theta)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    @jax.jit
+    def decayed(sigma):
+        carry = params, tx.init(params)
+        steps = jnp.full(2 + int(0.02 / (1 - b2)), sigma)
+        carry, _ = jax.lax.scan(step, carry, steps)
+        return diagnostics.measure(*carry, hess_init=1.0, b2=b2)["hess_decayed"]
+
+    assert decayed(0.0) == 1.0
+    assert decayed(1e-3) == 0.0
+
+
+def test_a_clip_is_advised_with_what_goes_with_it():
+    for sentence in (diagnostics.DIVERGED,):
+        assert "clip_radius=1e-3 and rescale_lr=False" in sentence
 
 
 def test_advice_says_the_numbers():
