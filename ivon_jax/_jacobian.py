@@ -24,8 +24,8 @@ from ._gaussian import Posterior
 class Outputs:
     """The Gaussian over one example's outputs, through products with its Jacobian."""
 
-    mean: jax.Array  # (C,): f_i
-    pull: Callable[[jax.Array], Any]  # J^T v, for v of shape (C,)
+    mean: jax.Array  # (C,), or any other shape of C entries: f_i
+    pull: Callable[[jax.Array], Any]  # J^T v, for v of that shape
     push: Callable[[Any], jax.Array]  # J t, for t like the trained parameters
     variance: Any  # sigma^2, like the trained parameters
 
@@ -43,10 +43,11 @@ class Outputs:
             )
             return sum(jax.tree.leaves(terms), start=jnp.zeros([], self.mean.dtype))
 
-        return jax.lax.map(variance, jnp.arange(self.mean.size))
+        diagonal = jax.lax.map(variance, jnp.arange(self.mean.size))
+        return diagonal.reshape(self.mean.shape)
 
     def covariance(self):
-        """V, (C, C): an output after the other, two passes for each."""
+        """V, (C, C), of C outputs: one after the other, two passes for each."""
 
         def row(output):
             return self.covariance_times(self._one_hot(output))
@@ -55,17 +56,18 @@ class Outputs:
 
     def _one_hot(self, output):
         one_hot = jax.nn.one_hot(output, self.mean.size, dtype=self.mean.dtype)
-        return one_hot + jnp.zeros_like(self.mean)  # for the type of the outputs
+        return _sharding.alike(one_hot.reshape(self.mean.shape), self.mean)
 
 
 def linearize(
     fn: Callable[[optax.Params, Any], jax.Array], q: Posterior
-) -> Callable[[Any], Outputs]:
+) -> Callable[..., Outputs]:
     """Return the map from one example to the Gaussian over its outputs.
 
-    `fn` takes a batch, here of one example. Point masses stay as they are: they need
-    no derivative, and may have none. Everything else is in float32 or wider; `fn` gets
-    the parameters in their own dtypes.
+    `fn` takes a batch, here of one example. What `pull` is to be multiplied with, such
+    as the example's label, goes to the map as well, for `jax.shard_map`. Point masses
+    stay as they are: they need no derivative, and may have none. Everything else is in
+    float32 or wider; `fn` gets the parameters in their own dtypes.
     """
     mean, structure = jax.tree.flatten(q.mean)
     precision = structure.flatten_up_to(q.precision)
@@ -73,8 +75,10 @@ def linearize(
     center = [jnp.asarray(mean[i]).astype(precision[i].dtype) for i in trained]
     variance = [1.0 / precision[i] for i in trained]
 
-    def of_example(example):
+    def of_example(example, *others):
         batch = jax.tree.map(lambda x: x[None], example)
+        means = [jnp.asarray(x) for x in mean]
+        at = _sharding.alike(center, means, variance, example, others)
 
         def outputs(values):
             leaves = list(mean)
@@ -84,20 +88,23 @@ def linearize(
             wide = output.astype(np.promote_types(output.dtype, np.float32))
             return _sharding.whole(wide)
 
-        # Or else `jax.shard_map` sums products with J^T over its devices.
-        zero = jnp.zeros_like(jax.tree.leaves(example)[0], shape=())
-        own = [x + zero.astype(x.dtype) for x in center]
-        output, push = jax.linearize(outputs, own)
-        transpose = jax.linear_transpose(push, own)
+        output, push = jax.linearize(outputs, at)
+        transpose = jax.linear_transpose(push, at)
         return Outputs(output, lambda v: transpose(v)[0], push, variance)
 
     return of_example
 
 
-def num_outputs(fn, q, x):
-    """C, for a checked `fn`; its shapes alone are evaluated."""
+def shape_of_outputs(fn, q, x):
+    """(..., C), for a checked `fn`; its shapes alone are evaluated."""
 
     def one(array):
         return jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype)
 
-    return _checks.outputs_of_one(jax.eval_shape(fn, q.mean, jax.tree.map(one, x)))
+    output = jax.eval_shape(fn, q.mean, jax.tree.map(one, x))
+    return _checks.predictions_of_one(output).shape[1:]
+
+
+def num_outputs(fn, q, x):
+    """C, for an `fn` that has no more axes."""
+    return _checks.one_axis_of_outputs(shape_of_outputs(fn, q, x))

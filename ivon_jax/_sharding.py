@@ -4,6 +4,8 @@ On explicit meshes it is their sharding, within `jax.shard_map` the axes along w
 they vary. Automatic meshes need none of this: there the compiler chooses.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -27,12 +29,37 @@ def whole(x):
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P()))
 
 
+def parts(x):
+    """How many parts the type of `x` cuts its first axis into."""
+    sharding = in_type(x)
+    axes = sharding.spec[:1] if sharding is not None else ()
+    names = [n for axis in axes for n in (axis if isinstance(axis, tuple) else (axis,))]
+    return math.prod(sharding.mesh.shape[n] for n in names if n is not None)
+
+
 def back(x, reference):
     """What was made of `whole` arrays, sharded as `reference`."""
     sharding = in_type(reference)
     if sharding is None or not any(sharding.spec):
         return x
     return jax.sharding.reshard(x, sharding)
+
+
+def alike(tree, *others):
+    """Floating-point `tree`, all of which varies over devices if any of `others` does.
+
+    Within `jax.shard_map` the derivative by what is the same on all devices is a sum
+    over them. Here each device must have its own.
+    """
+    zero = sum(_zero(x) for x in jax.tree.leaves((tree, others)))
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
+
+
+def _zero(x):
+    """0, that varies over devices as `x` does."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return jnp.zeros_like(x, shape=(), dtype=jnp.float32)
 
 
 def positions(x):

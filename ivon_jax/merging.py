@@ -140,8 +140,9 @@ def diagonal_fisher(
     [[1.25 1.25]]
 
     Args:
-      fn: ``fn(theta, x) -> (N, C)``, the logits of N examples. It is called with
-        batches of one, so batch normalisation must not be in training mode.
+      fn: ``fn(theta, x) -> (N, C)``, the logits of N examples; with one column, those
+        of a sigmoid. It is called with batches of one, so batch normalisation must not
+        be in training mode.
       params: where to take the gradients, floating-point arrays.
       key: a JAX random key. The same key draws the same labels for any `chunk_size`.
       inputs: a pytree of arrays, the data set's examples along their first axes.
@@ -161,33 +162,45 @@ def diagonal_fisher(
     _checks.floating_tree("params", params)
     inputs = jax.tree.map(jnp.asarray, inputs)
     _checks.number_of_examples(inputs=inputs)
-    # Or else `jax.shard_map` sums gradients over devices before they are squared.
-    zero = jnp.zeros_like(jax.tree.leaves(inputs)[0], shape=())
-    params = jax.tree.map(lambda p: p + zero.astype(jnp.result_type(p)), params)
 
-    def squared_gradient(index_and_example):
-        index, example = index_and_example
-        batch = jax.tree.map(lambda x: x[None], example)
-        logits, pull = jax.vjp(lambda theta: fn(theta, batch), params)
-        _checks.outputs_of_one(logits)
+    def run(params, key, inputs):
+        def squared_gradient(index_and_example):
+            index, example = index_and_example
+            return _squared_gradient(
+                fn, params, jax.random.fold_in(key, index), example, num_samples
+            )
 
-        def square(label_key):
-            [grad] = pull(_errors(label_key, logits))
-            return jax.tree.map(lambda g: g.astype(_wide(g)) ** 2, grad)
+        indices = _sharding.positions(jax.tree.leaves(inputs)[0])
+        params = _sharding.alike(jax.tree.map(jnp.asarray, params), key, inputs)
+        return _chunks.sum_examples(squared_gradient, (indices, inputs), chunk_size)
 
-        keys = jax.random.split(jax.random.fold_in(key, index), num_samples)
-        return scan_mean(square, keys)
+    return jax.jit(run)(params, key, inputs)
 
-    indices = _sharding.positions(jax.tree.leaves(inputs)[0])
-    return _chunks.sum_examples(squared_gradient, (indices, inputs), chunk_size)
+
+def _squared_gradient(fn, params, key, example, num_samples):
+    """The mean over labels of one example, drawn from the model."""
+    batch = jax.tree.map(lambda x: x[None], example)
+    logits, pull = jax.vjp(lambda theta: fn(theta, batch), params)
+    _checks.outputs_of_one(logits)
+
+    def square(label_key):
+        [grad] = pull(_errors(label_key, logits))
+        return jax.tree.map(lambda g: g.astype(_wide(g)) ** 2, grad)
+
+    return scan_mean(square, jax.random.split(key, num_samples))
 
 
 def _errors(key, logits):
-    """Softmax minus one-hot drawn labels: the gradient of the cross-entropy."""
+    """Probabilities minus a drawn label: the gradient of the cross-entropy."""
     wide = logits.astype(_wide(logits))
-    labels = jax.random.categorical(key, wide)
-    one_hot = jax.nn.one_hot(labels, wide.shape[-1], dtype=wide.dtype)
-    return (jax.nn.softmax(wide) - one_hot).astype(logits.dtype)
+    if wide.shape[-1] == 1:
+        probs = jax.nn.sigmoid(wide)
+        labels = jax.random.bernoulli(key, probs).astype(wide.dtype)
+    else:
+        probs = jax.nn.softmax(wide)
+        classes = jax.random.categorical(key, wide)
+        labels = jax.nn.one_hot(classes, wide.shape[-1], dtype=wide.dtype)
+    return (probs - labels).astype(logits.dtype)
 
 
 def _checked_scales(base, finetuned, scale):

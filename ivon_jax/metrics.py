@@ -239,7 +239,9 @@ def _out_of_distribution(inside, outside):
         return count.astype(dtype) / jnp.asarray(total, dtype)
 
     # Masked scores are at the end; as thresholds they don't count.
-    is_in, is_out = jnp.arange(inside.size) < n, jnp.arange(outside.size) < m
+    is_in, is_out = (
+        jnp.arange(x.size, dtype=jnp.int32) < c for x, c in ((inside, n), (outside, m))
+    )
     tp, fp = _at_least(inside, n, inside), _at_least(outside, m, inside)
     out_at_most, in_at_most = (
         _at_most(outside, m, outside),
@@ -265,7 +267,10 @@ def _sorted(dtype, scores, where):
     if where is None:
         count = scores.size
     else:
-        scores, count = jnp.where(where, scores, jnp.inf), jnp.sum(where)
+        scores, count = (
+            jnp.where(where, scores, jnp.inf),
+            jnp.sum(where, dtype=jnp.int32),
+        )
     return jnp.sort(_sharding.whole(scores), axis=None), count
 
 

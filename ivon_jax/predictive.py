@@ -139,7 +139,8 @@ class Linearized(NamedTuple):
         :math:`\mathrm{softmax}(f_i / \sqrt{1 + \tfrac{\pi}{8} v_i})`, element by
         element, with the variances :math:`v_i` on the diagonal of :math:`V_i`: MacKay's
         (1992) approximation of a sigmoid by a probit, class by class. It needs no
-        samples, but leaves covariances between logits out.
+        samples, but leaves covariances between logits out. Of one logit, C = 1, it is
+        the sigmoid, the probability of class 1.
 
         >>> logits = Linearized(jnp.array([[2.0, 0.0]]), 10 * jnp.eye(2)[None])
         >>> print(jax.nn.softmax(logits.mean).round(2), logits.probs().round(2))
@@ -149,7 +150,9 @@ class Linearized(NamedTuple):
           (N, C).
         """
         variance = jnp.diagonal(self.covariance, axis1=-2, axis2=-1)
-        return jax.nn.softmax(self.mean / jnp.sqrt(1.0 + math.pi / 8.0 * variance))
+        logits = self.mean / jnp.sqrt(1.0 + math.pi / 8.0 * variance)
+        one = logits.shape[-1] == 1
+        return jax.nn.sigmoid(logits) if one else jax.nn.softmax(logits)
 
 
 def linearized(

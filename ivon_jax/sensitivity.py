@@ -14,22 +14,32 @@ again, how the outputs of example i would move if it were left out of the traini
 cross-entropy :math:`\mathrm{softmax}(f_i) - y_i` with a one-hot :math:`y_i`. A product
 with :math:`V_i` is one forward and one backward pass: nothing of size C x P exists.
 
+Where an example has several predictions, as a sequence has tokens, :math:`f_i` are all
+its outputs, T x C, and :math:`\ell` is the sum of their losses: the whole sequence is
+left out. Predictions that don't count by `where`, such as padding, have no loss and no
+deviation, so that they change no norm, sum or mean; `fn` has to keep them from the
+others, as attention masks do.
+
 :math:`\sigma^2` must be that of the whole training set, ``ess`` the number of its
 examples. Then ``x`` and ``y`` may be any part of it, without augmentation. All
-functions work under ``jit``; there, the values of labels go unchecked.
+functions work under ``jit``; there, a label that counts and is no class gives NaN.
 
 They share their arguments:
 
-* ``fn``: ``fn(theta, x) -> (N, C)``, logits or other outputs. It is called with batches
-  of one example, so it must treat the examples of a batch independently (batch
-  normalisation in training mode does not), and it needs both forward- and reverse-mode
-  derivatives, which a ``jax.custom_vjp`` does not have.
+* ``fn``: ``fn(theta, x) -> (N, C)``, logits or other outputs; C = 1 for a sigmoid; or
+  (N, ..., C) for several predictions each. It is called with batches of one example, so
+  it must treat the examples of a batch independently (batch normalisation in training
+  mode does not), and it needs both forward- and reverse-mode derivatives, which a
+  ``jax.custom_vjp`` does not have.
 * ``posterior``: a `Posterior`. Its point masses have no variance and are constants.
 * ``x``: a pytree of arrays, the N examples along their first axes.
-* ``y``: (N,), integer labels in 0..C-1; with a `loss` of your own any such pytree.
+* ``y``: (N,) or (N, ...), integer labels in 0..C-1, one for each prediction, 0 or 1 for
+  a sigmoid; with a `loss` of your own any pytree with such first axes.
 * ``loss``: ``loss(outputs, y) -> scalar``, the negative log-likelihood in nats of *one*
-  example's outputs, (C,). For regression with noise of standard deviation s:
+  prediction's outputs, (C,). For regression with noise of standard deviation s:
   ``lambda f, y: 0.5 * jnp.sum((f - y) ** 2) / s**2``.
+* ``where``: (N,), booleans, the examples that count, or (N, ...), the predictions; None
+  for all. The others may have any label, and any outputs.
 * ``diagonal``: whether to take the diagonal alone of :math:`V_i`, so that
   :math:`V_i e_i` is a product of elements, as in the paper's CIFAR-10 runs (appendix
   D.4). It costs C backward passes for each example, not one.
@@ -55,7 +65,15 @@ import optax
 from . import _checks, _chunks, _jacobian
 from ._gaussian import Posterior
 
-_cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+
+def _cross_entropy(outputs, label):
+    """Cross-entropy of a softmax, of one output of a sigmoid; NaN for no class."""
+    valid = (label >= 0) & (label < max(2, outputs.size))
+    outputs = outputs * jnp.where(valid, 1, jnp.nan)
+    if outputs.size == 1:
+        return jax.nn.softplus(jnp.where(label == 1, -outputs[0], outputs[0]))
+    chosen = jnp.arange(outputs.size, dtype=label.dtype) == label
+    return jax.nn.logsumexp(outputs) - jnp.sum(jnp.where(chosen, outputs, 0))
 
 
 def deviations(
@@ -65,6 +83,7 @@ def deviations(
     y: Any,
     *,
     loss: Callable[[jax.Array, Any], jax.Array] = _cross_entropy,
+    where: jax.typing.ArrayLike | None = None,
     diagonal: bool = False,
     chunk_size: int = 16,
 ) -> jax.Array:
@@ -82,18 +101,19 @@ def deviations(
       posterior: what `ivon_jax.posterior` returns.
       x: the examples.
       y: their labels.
-      loss: of one example.
+      loss: of one prediction.
+      where: which examples or predictions count.
       diagonal: whether to use the diagonal of :math:`V_i` alone.
       chunk_size: examples to evaluate at once.
 
     Returns:
-      (N, C), in the units of the outputs, float32 or wider.
+      Like the outputs, (N, C), and in their units, float32 or wider.
     """
 
     def result(_outputs, deviation, _y):
         return deviation
 
-    return _evaluate(result, fn, posterior, x, y, loss, diagonal, chunk_size)
+    return _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size)
 
 
 def sensitivities(
@@ -103,6 +123,7 @@ def sensitivities(
     y: Any,
     *,
     loss: Callable[[jax.Array, Any], jax.Array] = _cross_entropy,
+    where: jax.typing.ArrayLike | None = None,
     diagonal: bool = False,
     chunk_size: int = 16,
 ) -> jax.Array:
@@ -121,7 +142,8 @@ def sensitivities(
       posterior: what `ivon_jax.posterior` returns.
       x: the examples.
       y: their labels.
-      loss: of one example.
+      loss: of one prediction.
+      where: which examples or predictions count.
       diagonal: whether to use the diagonal of :math:`V_i` alone.
       chunk_size: examples to evaluate at once.
 
@@ -130,9 +152,9 @@ def sensitivities(
     """
 
     def result(_outputs, deviation, _y):
-        return jnp.linalg.norm(deviation)
+        return jnp.sqrt(jnp.sum(deviation**2))
 
-    return _evaluate(result, fn, posterior, x, y, loss, diagonal, chunk_size)
+    return _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size)
 
 
 def leave_one_out_logits(
@@ -142,6 +164,7 @@ def leave_one_out_logits(
     y: Any,
     *,
     loss: Callable[[jax.Array, Any], jax.Array] = _cross_entropy,
+    where: jax.typing.ArrayLike | None = None,
     diagonal: bool = False,
     chunk_size: int = 16,
 ) -> jax.Array:
@@ -161,18 +184,19 @@ def leave_one_out_logits(
       posterior: what `ivon_jax.posterior` returns.
       x: the examples.
       y: their labels.
-      loss: of one example.
+      loss: of one prediction.
+      where: which examples or predictions count.
       diagonal: whether to use the diagonal of :math:`V_i` alone.
       chunk_size: examples to evaluate at once.
 
     Returns:
-      (N, C), like the outputs, float32 or wider.
+      Like the outputs, (N, C), float32 or wider.
     """
 
     def result(outputs, deviation, _y):
         return outputs + deviation
 
-    return _evaluate(result, fn, posterior, x, y, loss, diagonal, chunk_size)
+    return _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size)
 
 
 def leave_one_out_loss(
@@ -182,6 +206,7 @@ def leave_one_out_loss(
     y: Any,
     *,
     loss: Callable[[jax.Array, Any], jax.Array] = _cross_entropy,
+    where: jax.typing.ArrayLike | None = None,
     diagonal: bool = False,
     chunk_size: int = 16,
 ) -> jax.Array:
@@ -202,41 +227,87 @@ def leave_one_out_loss(
       posterior: what `ivon_jax.posterior` returns.
       x: the examples.
       y: their labels.
-      loss: of one example.
+      loss: of one prediction.
+      where: which examples or predictions count.
       diagonal: whether to use the diagonal of :math:`V_i` alone.
       chunk_size: examples to evaluate at once.
 
     Returns:
-      A scalar, the mean over examples.
+      A scalar, the mean over all predictions that count.
     """
 
     def result(outputs, deviation, y):
-        return loss(outputs + deviation, y)
+        return _of_predictions(loss, outputs)(outputs + deviation, y)
 
-    losses = _evaluate(result, fn, posterior, x, y, loss, diagonal, chunk_size)
-    return jnp.mean(losses)
+    losses = _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size)
+    if where is None:
+        return jnp.mean(losses)
+    where = _which_count(where, losses.shape)
+    total = jnp.sum(jnp.where(where, losses, 0))
+    return total / jnp.sum(where, dtype=losses.dtype)
 
 
-def _evaluate(result, fn, posterior, x, y, loss, diagonal, chunk_size):
+def _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size):
     """Map ``result(outputs, deviation, y)`` over the examples."""
     _checks.gaussian("posterior", posterior, Posterior)
     _checks.boolean("diagonal", diagonal)
     _checks.integer_between("chunk_size", chunk_size, 1)
-    x, y = jax.tree.map(jnp.asarray, (x, y))
+    x, y = jax.tree.map(jnp.asarray, x), jax.tree.map(_checks.as_array, y)
     count = _checks.number_of_examples(x=x, y=y)
-    num_outputs = _jacobian.num_outputs(fn, posterior, x)
+    *shape, num_outputs = _jacobian.shape_of_outputs(fn, posterior, x)
+    where = _which_count(where, (count, *shape))
     if loss is _cross_entropy:
-        labels = _checks.integers("y", _checks.one_array("y", y))
-        _checks.labels("y", labels, (count,), num_outputs)
-    linearized = _jacobian.linearize(fn, posterior)
+        y = _checks.classes("y", y, (count, *shape), max(2, num_outputs), where)
+    else:
+        _checks.of_predictions("y", y, (count, *shape))
 
-    def of_example(example):
-        x, y = example
-        outputs = linearized(x)
-        _checks.loss_of_example(loss(outputs.mean, y))
-        error = jax.grad(loss)(outputs.mean, y)
-        if diagonal:
-            return result(outputs.mean, outputs.covariance_diagonal() * error, y)
-        return result(outputs.mean, outputs.covariance_times(error), y)
+    def run(posterior, x, y, where):
+        linearized = _jacobian.linearize(fn, posterior)
 
-    return _chunks.map_examples(of_example, (x, y), chunk_size)
+        def of_example(example):
+            x, y, counts = example
+            outputs = linearized(x, y, counts)
+            errors = _of_predictions(jax.grad(_scalar(loss)), outputs.mean)
+            error = _masked(errors(outputs.mean, y), counts)
+            if diagonal:
+                deviation = outputs.covariance_diagonal() * error
+            else:
+                deviation = outputs.covariance_times(error)
+            return result(outputs.mean, _masked(deviation, counts), y)
+
+        return _chunks.map_examples(of_example, (x, y, where), chunk_size)
+
+    return jax.jit(run)(posterior, x, y, where)
+
+
+def _which_count(where, shape):
+    """The mask of all predictions, from that of examples or of predictions, or None."""
+    if where is None:
+        return None
+    where = jnp.asarray(where)
+    missing = max(0, len(shape) - where.ndim)
+    return _checks.which_count(
+        "where", where.reshape(*where.shape, *[1] * missing), shape
+    )
+
+
+def _of_predictions(fn, outputs):
+    """`fn` of one prediction, over all axes of `outputs` but the last."""
+    for _ in outputs.shape[:-1]:
+        fn = jax.vmap(fn)
+    return fn
+
+
+def _scalar(loss):
+    """`loss`, checked."""
+
+    def checked(outputs, y):
+        value = loss(outputs, y)
+        _checks.loss_of_prediction(value)
+        return value
+
+    return checked
+
+
+def _masked(values, counts):
+    return values if counts is None else jnp.where(counts[..., None], values, 0)

@@ -23,7 +23,7 @@ from eight_devices import (
 from jax.sharding import PartitionSpec as P
 
 import ivon_jax
-from ivon_jax import merging, predictive, pruning, sensitivity
+from ivon_jax import merging, metrics, predictive, pruning, sensitivity
 
 PARAMS = {"w": normal(6, 32) / 2, "v": normal(32, 4) / 4}
 SPECS = {"w": P(None, "model"), "v": P("model", None)}
@@ -115,6 +115,93 @@ def explicit_differences():
     return {name: difference(run[name], alone[name]) for name in alone}
 
 
+def of_examples(q, x, y, chunk_size=4):
+    """Along the first axis, what belongs to each example or to all."""
+    return {
+        "linearized": predictive.linearized(
+            linear, q, x, chunk_size=chunk_size
+        ).covariance,
+        "sensitivities": sensitivity.sensitivities(
+            linear, q, x, y, chunk_size=chunk_size
+        ),
+        "diagonal": sensitivity.deviations(
+            linear, q, x, y, diagonal=True, chunk_size=chunk_size
+        ),
+        "loss": sensitivity.leave_one_out_loss(linear, q, x, y)[None],
+        "fisher": merging.diagonal_fisher(
+            linear, q.mean, jax.random.key(0), x, chunk_size=chunk_size
+        )[None],
+    }
+
+
+HEAD = ivon_jax.Posterior(normal(6, 4), 1 + normal(6, 4) ** 2)
+
+
+@double_precision
+def mapped_differences():
+    """Of a shard_map over the first axis, with its check of what varies."""
+    q, x = widen((HEAD, X))
+    slices = [of_examples(q, x[i : i + 16], Y[i : i + 16]) for i in range(0, 64, 16)]
+    alone = jax.tree.map(lambda *parts: np.concatenate(parts), *slices)
+    mesh = make_mesh(KINDS["Auto"], 4, 2)
+    mapped = jax.shard_map(
+        of_examples,
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=P("data"),
+    )
+    run = jax.jit(mapped)(q, x, Y)
+    return {name: difference(run[name], alone[name]) for name in alone}
+
+
+@double_precision
+def eager_differences():
+    """Of sharded examples, without jit; 8 is a multiple of the devices, 6 is not."""
+    q, x = widen((HEAD, X))
+    mesh = make_mesh(KINDS["Explicit"], DEVICES)
+    found = {}
+    for chunk_size in (8, 6):
+        alone = of_examples(q, x, Y, chunk_size)
+        placed = (place(mesh, tree, P("data")) for tree in (x, Y))
+        run = of_examples(ivon_jax.Posterior(*place(mesh, q, P())), *placed, chunk_size)
+        found |= {
+            f"{name}, {chunk_size}": difference(run[name], alone[name])
+            for name in alone
+        }
+    return found
+
+
+def all_metrics(probs, labels, where):
+    scores = probs.max(axis=-1)
+    detected = metrics.out_of_distribution(scores, scores**2, in_where=where)
+    return {
+        "accuracy": metrics.accuracy(probs, labels, k=2, where=where),
+        "nll": metrics.negative_log_likelihood(probs, labels, where=where),
+        "brier": metrics.brier_score(probs, labels, where=where),
+        "calibration": metrics.expected_calibration_error(probs, labels),
+        "auroc": detected["auroc"],
+        "fpr": detected["fpr_at_95_tpr"],
+        "aupr_out": detected["aupr_out"],
+    }
+
+
+@double_precision
+def metric_differences():
+    probs = np.asarray(jax.nn.softmax(widen(normal(16, 4, 4))))
+    labels, where = np.arange(64).reshape(16, 4) % 4, np.arange(64).reshape(16, 4) > 9
+    alone = all_metrics(jnp.asarray(probs), labels, where)
+    found = {}
+    for kind in KINDS:
+        mesh = make_mesh(KINDS[kind], 4, 2)
+        for spec in (P("data"), P(None, "data", "model")):
+            labels_spec = P(*spec[:2])
+            arrays = place(mesh, probs, spec), place(mesh, labels, labels_spec)
+            result = all_metrics(*arrays, where)
+            for metric, value in alone.items():
+                found[f"{kind}, {spec}, {metric}"] = difference(result[metric], value)
+    return found
+
+
 def sent():
     """What devices send each other where each has examples of its own."""
     mesh = make_mesh(KINDS["Auto"], DEVICES)
@@ -125,7 +212,8 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    facts = [differences, sent]
+    facts = [differences, sent, mapped_differences, metric_differences]
     # On an explicit mesh older versions cannot map over sharded examples.
-    facts += [explicit_differences] * (jax.__version_info__ >= (0, 10))
+    if jax.__version_info__ >= (0, 10):
+        facts += [explicit_differences, eager_differences]
     print(json.dumps({fact.__name__: fact() for fact in facts}))

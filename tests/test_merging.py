@@ -331,6 +331,19 @@ def test_fisher_of_a_linear_classifier_is_the_closed_form(key, num_samples):
     assert_mean(draws["b"], variance.sum(axis=0))
 
 
+def test_fisher_of_one_logit_is_that_of_a_sigmoid(key):
+    """Sum over i of x_i^2 p_i (1 - p_i), on average over the labels."""
+    x = features(7)["features"]
+    weights = jnp.array([[0.5], [-1.0], [0.2]])
+
+    def fisher(key):
+        return merging.diagonal_fisher(lambda w, x: x @ w, weights, key, x)
+
+    draws = jax.jit(jax.vmap(fisher))(jax.random.split(key, 2_000))
+    probs = 1 / (1 + np.exp(-x @ np.asarray(weights)))
+    assert_mean(draws, np.square(x).T @ (probs * (1 - probs)))
+
+
 @pytest.mark.parametrize("num_samples", [1, 3])
 @pytest.mark.parametrize("chunk_size", [1, 3, 4, 12, 100])
 def test_fisher_is_the_sum_of_squared_gradients_of_drawn_labels(

@@ -410,3 +410,15 @@ def test_the_derivative_of_entropy_is_finite_where_a_probability_is_zero():
         return ivon_jax.uncertainty(lambda _: probs, q, jax.random.key(0), 2).total
 
     np.testing.assert_allclose(jax.grad(total)(0.2), np.log(0.8 / 0.2), rtol=1e-5)
+
+
+def test_one_logit_is_the_sigmoids():
+    """MacKay's approximation, where a softmax over one class would be one."""
+    mean, variance = np.array([[2.0], [-1.0]]), np.array([3.0, 0.5])
+    outputs = predictive.Linearized(
+        jnp.asarray(mean), jnp.asarray(variance)[:, None, None]
+    )
+    scaled = mean[:, 0] / np.sqrt(1 + np.pi / 8 * variance)
+    np.testing.assert_allclose(
+        outputs.probs()[:, 0], 1 / (1 + np.exp(-scaled)), rtol=1e-6
+    )

@@ -25,7 +25,7 @@ CROSS_ENTROPY = optax.softmax_cross_entropy_with_integer_labels
 NAMES = "deviations", "sensitivities", "leave_one_out_logits", "leave_one_out_loss"
 
 
-@functools.partial(jax.jit, static_argnames=("fn", "diagonal", "chunk_size"))
+@functools.partial(jax.jit, static_argnames=("fn", "diagonal", "chunk_size", "loss"))
 def estimates(fn, q, x, y, **options):
     """All that the module has."""
     return {name: getattr(sensitivity, name)(fn, q, x, y, **options) for name in NAMES}
@@ -62,6 +62,21 @@ def network_problem(seed, n=13):
     }
     x, y = rng.normal(size=(n, 3)), rng.integers(0, 4, size=n)
     return ivon_jax.Posterior(mean, precision), x, y
+
+
+def tagger(theta, x):
+    """Causal: a prediction for each token, of the mean of those until there."""
+    count = jnp.arange(1.0, x.shape[1] + 1).astype(x.dtype)[None, :, None]
+    return jnp.tanh(jnp.cumsum(x, axis=1) / count) @ theta
+
+
+def sequences(dtype):
+    """Three of 4, 2 and 3 tokens, padded to 5."""
+    q, x, _ = linear_problem(0, n=15)
+    where = np.arange(5) < np.array([[4], [2], [3]])
+    y = np.random.default_rng(0).integers(0, 4, size=(3, 5))
+    q, x = jax.tree.map(lambda v: jnp.asarray(v, dtype), (q, x.reshape(3, 5, 5)))
+    return q, x, jnp.asarray(np.where(where, y, -100)), where
 
 
 def covariances(fn, q, x):
@@ -349,6 +364,29 @@ def test_explicit_meshes_may_shard_members_classes_and_examples():
     assert_at_most(list(facts_of("explicit_differences").values()), ROUNDING)
 
 
+def test_each_device_of_a_shard_map_has_derivatives_of_its_own():
+    """Not those of all examples, which `jax.shard_map` would sum without a word."""
+    differences = facts_of("mapped_differences")
+    assert len(differences) >= 5
+    assert max(differences.values()) < ROUNDING
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="cannot map over sharded examples there"
+)
+def test_sharded_examples_of_explicit_meshes_need_no_jit():
+    """In chunks that fall on the devices evenly, and in others."""
+    differences = facts_of("eager_differences")
+    assert max(differences.values()) < ROUNDING
+
+
+def test_metrics_take_arrays_of_any_mesh():
+    """Sharded by example, by token and by class."""
+    differences = facts_of("metric_differences")
+    assert len(differences) == 2 * 2 * 7
+    assert max(differences.values()) < ROUNDING
+
+
 def test_devices_with_examples_of_their_own_send_nothing():
     assert facts_of("sent") == []
 
@@ -412,10 +450,20 @@ BAD = {
         {"y": np.array([0, 50, 1])},
         "`y` must be in 0..49, got 50.",
     ),
+    "targets of no example": (
+        {"y": np.ones((3, 5)), "fn": tagger, "x": np.ones((3, 4, 100), np.float32)}
+        | {"loss": lambda f, y: jnp.sum((f - y) ** 2)},
+        "`y` must have shape (3, 4) or more axes, a target for each prediction, got "
+        "(3, 5) at y.",
+    ),
+    "a mask of something else": (
+        {"where": np.ones(4, bool)},
+        "`where` must broadcast to shape (3,), one boolean for each example, got (4,).",
+    ),
     "a loss for each output": (
         {"loss": lambda f, _: f**2},
-        "`loss(outputs, y)` must be a scalar, the loss of one example, got shape (50,)."
-        " Sum it over the outputs.",
+        "`loss(outputs, y)` must be a scalar, the loss of one prediction, got shape "
+        "(50,). Sum it over the outputs.",
     ),
     "a loss and more": (
         {"loss": lambda f, _: (f.sum(), f)},
@@ -442,10 +490,99 @@ def test_what_does_not_fit_is_named(change, message):
         sensitivity.sensitivities(**GOOD | change)
 
 
-def test_the_values_of_labels_go_unchecked_under_jit():
-    y = jnp.array([0, 50, 1])
-    jitted = jax.jit(lambda y: sensitivity.sensitivities(**GOOD | {"y": y}))
-    assert jitted(y).shape == (3,)
+def test_under_jit_a_label_of_no_class_gives_nan():
+    """Of its example alone; the mean loss is of all."""
+    q, x, y = single_precision(network_problem(0))
+    for bad in (-1, 4, -100, 2**31 - 1):
+        result = estimates(network, q, x, y.at[2].set(bad))
+        wrong = np.isnan(result["sensitivities"])
+        np.testing.assert_array_equal(wrong, np.arange(13) == 2)
+        assert np.isnan(result["leave_one_out_loss"])
+
+
+@pytest.mark.parametrize("fill", [-1, 7])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_a_masked_example_has_no_deviation_and_no_loss(fill, diagonal):
+    """As if it were not there: its inputs are NaN, its label no class."""
+    q, x, y = single_precision(network_problem(0))
+    where = np.arange(13) % 3 > 0
+    expected = estimates(network, q, x[where], y[where], diagonal=diagonal)
+    x = jnp.where(where[:, None], x, jnp.nan)
+    y = jnp.where(where, y, fill)
+    result = estimates(network, q, x, y, diagonal=diagonal, where=where)
+    assert not result["sensitivities"][~where].any()
+    assert not result["deviations"][~where].any()
+    result = {k: v[where] if v.shape else v for k, v in result.items()}
+    chex.assert_trees_all_close(result, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.usefixtures("x64")
+def test_padding_changes_no_estimate_of_a_sequence(diagonal):
+    """Each is one example of T x C outputs, as if it had no padding."""
+    q, x, y, where = sequences(float)
+    result = estimates(tagger, q, x, y, where=where, diagonal=diagonal)
+    losses = []
+    for i, length in enumerate(where.sum(axis=1)):
+
+        def flat(theta, x):
+            return tagger(theta, x).reshape(1, -1)
+
+        def loss(f, y):
+            return CROSS_ENTROPY(f.reshape(len(y), 4), y).sum()
+
+        row = slice(i, i + 1)
+        short = x[row, :length], y[row, :length]
+        alone = estimates(flat, q, *short, loss=loss, diagonal=diagonal)
+        deviation = result["deviations"][i]
+        expected = alone["deviations"].reshape(length, 4)
+        np.testing.assert_allclose(deviation[:length], expected, rtol=1e-10)
+        np.testing.assert_array_equal(deviation[length:], 0)
+        norm = result["sensitivities"][i]
+        np.testing.assert_allclose(norm, alone["sensitivities"][0], rtol=1e-10)
+        losses.append(alone["leave_one_out_loss"])
+    mean = sum(losses) / float(where.sum())
+    np.testing.assert_allclose(result["leave_one_out_loss"], mean, rtol=1e-10)
+
+
+def test_a_mask_of_examples_is_one_of_whole_sequences():
+    q, x, y, _ = sequences(jnp.float32)
+    examples = np.array([True, False, True])
+    y = jnp.maximum(y, 0)
+    result = estimates(tagger, q, x, y, where=examples)
+    expected = estimates(tagger, q, x[examples], y[examples])
+    np.testing.assert_allclose(
+        result["leave_one_out_loss"], expected["leave_one_out_loss"], rtol=1e-6
+    )
+    assert result["sensitivities"][1] == 0
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.usefixtures("x64")
+def test_one_output_is_the_logit_of_a_sigmoid(diagonal):
+    """A softmax over 0 and the logit."""
+    q, x, y = linear_problem(0, c=1)
+    y = y % 2 if y.any() else np.arange(len(y)) % 2
+
+    def two(theta, x):
+        return jnp.concatenate([jnp.zeros((len(x), 1)), x @ theta], axis=1)
+
+    result = estimates(linear, q, x, y, diagonal=diagonal)
+    expected = estimates(two, q, x, y, diagonal=diagonal)
+    assert np.all(result["sensitivities"] > 0)
+    for name in ("deviations", "leave_one_out_logits"):
+        np.testing.assert_allclose(result[name], expected[name][:, 1:], rtol=1e-10)
+    for name in ("sensitivities", "leave_one_out_loss"):
+        np.testing.assert_allclose(result[name], expected[name], rtol=1e-10)
+
+
+def test_regression_is_told_to_pass_a_loss():
+    """Float targets, counts, and targets of several outputs."""
+    remedy = "For regression pass `loss`, such as `lambda f, y: 0.5 * jnp.sum((f - y) "
+    q = ivon_jax.Posterior(jnp.ones((2, 1)), jnp.ones((2, 1)))
+    for y in (np.ones(3, np.float32), np.array([0, 7, 1]), np.ones((3, 1), np.int32)):
+        with pytest.raises((TypeError, ValueError), match=re.escape(remedy)):
+            sensitivity.sensitivities(linear, q, np.ones((3, 2), np.float32), y)
 
 
 def test_labels_of_a_loss_of_ones_own_are_its_own():

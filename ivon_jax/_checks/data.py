@@ -103,6 +103,20 @@ def integers(name, labels, remedy=""):
     return labels.astype(jnp.int64 if labels.dtype.itemsize > 4 else jnp.int32)
 
 
+def as_array(value):
+    """Return an array; a NumPy one of 64 bits as it is, for `integers` to see."""
+    return value if isinstance(value, np.ndarray) else jnp.asarray(value)
+
+
+def classes(name, y, shape, num_classes, where):
+    """Return the targets of a classifier as class indices of this shape."""
+    remedy = " For regression pass `loss`, such as "
+    remedy += "`lambda f, y: 0.5 * jnp.sum((f - y) ** 2)`."
+    y = integers(name, one_array(name, y), remedy)
+    labels(name, y, shape, num_classes, where, remedy)
+    return y
+
+
 def labels(name, labels, shape, num_classes, where=None, remedy=""):
     """Reject what are no class indices of this shape, where they count."""
     if labels.shape != shape:
@@ -162,10 +176,10 @@ def one_array(name, value):
     return value
 
 
-def outputs_of_one(output):
-    """Return the number of outputs, of what `fn` returned for a batch of one."""
+def predictions_of_one(output):
+    """Return the outputs, of any number of axes, of `fn` for a batch of one."""
     one_array("fn(theta, x)", output)
-    if output.ndim != 2 or output.shape[0] != 1 or not output.shape[1]:
+    if output.ndim < 2 or output.shape[0] != 1 or not output.size:
         raise ValueError(
             "`fn(theta, x)` must have shape (N, C), C outputs for each of N examples, "
             f"got shape {output.shape} for a batch of one."
@@ -175,7 +189,33 @@ def outputs_of_one(output):
             f"`fn(theta, x)` must be floating-point, got dtype {output.dtype}. Return "
             "logits, not classes."
         )
-    return output.shape[1]
+    return output
+
+
+def one_axis_of_outputs(shape):
+    """Return the number of outputs of one example."""
+    if len(shape) != 1:
+        raise ValueError(
+            "`fn(theta, x)` must have shape (N, C), C outputs for each of N examples, "
+            f"got shape {(1, *shape)} for a batch of one."
+        )
+    return shape[0]
+
+
+def outputs_of_one(output):
+    """Return the number of outputs, of what `fn` returned for a batch of one."""
+    return one_axis_of_outputs(predictions_of_one(output).shape[1:])
+
+
+def of_predictions(name, tree, shape):
+    """Reject targets that are not one for each prediction."""
+    for path, array in jax.tree_util.tree_leaves_with_path(tree):
+        if array.shape[: len(shape)] != shape:
+            raise ValueError(
+                f"`{name}` must have shape {shape} or more axes, a target for each "
+                f"prediction, got {array.shape} at {name}"
+                f"{jax.tree_util.keystr(path)}."
+            )
 
 
 def scores(name, value, where=None):
@@ -247,12 +287,12 @@ def _mean_loss(value, hint):
     return value
 
 
-def loss_of_example(value):
-    """Reject a loss that is no scalar for one example."""
+def loss_of_prediction(value):
+    """Reject a loss that is no scalar for one prediction."""
     if jnp.shape(one_array("loss(outputs, y)", value)) != ():
         raise ValueError(
-            "`loss(outputs, y)` must be a scalar, the loss of one example, got shape "
-            f"{value.shape}. Sum it over the outputs."
+            "`loss(outputs, y)` must be a scalar, the loss of one prediction, got "
+            f"shape {value.shape}. Sum it over the outputs."
         )
 
 
