@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _checks, _chunks, _sharding
+from . import _checks, _chunks, _compiled, _sharding
 from ._mean import scan_mean
 
 
@@ -171,10 +171,10 @@ def diagonal_fisher(
             )
 
         indices = _sharding.positions(jax.tree.leaves(inputs)[0])
-        params = _sharding.alike(jax.tree.map(jnp.asarray, params), key, inputs)
+        params = _sharding.alike(jax.tree.map(jnp.asarray, params), inputs)
         return _chunks.sum_examples(squared_gradient, (indices, inputs), chunk_size)
 
-    return jax.jit(run)(params, key, inputs)
+    return _compiled.call(run, params, key, inputs, of=fn)
 
 
 def _squared_gradient(fn, params, key, example, num_samples):

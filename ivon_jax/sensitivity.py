@@ -62,7 +62,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _chunks, _jacobian
+from . import _checks, _chunks, _compiled, _jacobian
 from ._gaussian import Posterior
 
 
@@ -277,7 +277,7 @@ def _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size):
 
         return _chunks.map_examples(of_example, (x, y, where), chunk_size)
 
-    return jax.jit(run)(posterior, x, y, where)
+    return _compiled.call(run, posterior, x, y, where, of=fn)
 
 
 def _which_count(where, shape):
