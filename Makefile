@@ -10,7 +10,7 @@ quickstart: .venv/examples.installed
 test: .venv/test.installed
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-# Breaks the package in some 370 places: an hour or more. ONLY="_rules metrics.accuracy" is quick.
+# Breaks the package in hundreds of places: an hour or more. ONLY="_rules metrics.accuracy" is quick.
 mutants: .venv/test.installed
 	nice $(BIN)/python tests/mutants.py $(ONLY)
 
