@@ -68,7 +68,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _measure
+from . import _checks, _compiled, _measure
 from ._gaussian import divergence
 from ._posterior import find_states, mean, posterior, prior
 
@@ -212,8 +212,9 @@ def measure(
 ) -> dict[str, jax.Array]:
     """Measure the numbers above: scalars for a logger, in the default float dtype.
 
-    Call it within ``jax.jit``. Medians take a few dozen passes over h, without a sort;
-    a `loss_fn` takes `num_samples` gradients, one after the other.
+    It compiles once for one program, also outside of ``jax.jit``. Medians take a few
+    dozen passes over h, without a sort; a `loss_fn` takes `num_samples` gradients, one
+    after the other.
 
     >>> import ivon_jax
     >>> params = jnp.ones(8)
@@ -245,24 +246,31 @@ def measure(
     b2 = _number(_checks.decay_rate("b2", b2))
     if num_steps is not None:
         _checks.integer_between("num_steps", num_steps, 1)
-    params = mean(params, opt_state)
-    q, p = posterior(params, opt_state), prior(params, opt_state)
-    arrays = [
-        x for s in find_states(opt_state) for x in _measure.trained_arrays(params, s)
-    ]
-    _checks.some_entries(arrays)
-    numbers = _measure.of_weights(arrays) | {"kl_divergence": divergence(q, p)}
-    numbers |= _measure.of_hess(arrays, hess_init, b2, num_steps)
     if clip_radius is not None:
         b1 = _number(_checks.decay_rate("b1", b1))
         clip_radius = _number(_checks.positive("clip_radius", clip_radius))
-        numbers["clipped"] = _measure.clipped_share(arrays, b1, clip_radius)
     if loss_fn is not None:
+        _checks.function("loss_fn", loss_fn)
         _checks.integer_between("num_samples", num_samples, 2)
         _checks.has_key(key)
-        keys = jax.random.split(key, num_samples)
-        numbers |= _measure.of_loss(arrays, params, opt_state, b2, loss_fn, keys)
-    return {name: jnp.asarray(value, float) for name, value in numbers.items()}
+        key = _checks.random_key("key", key)
+
+    def run(params, opt_state, key):
+        params = mean(params, opt_state)
+        q, p = posterior(params, opt_state), prior(params, opt_state)
+        states = find_states(opt_state)
+        arrays = [x for s in states for x in _measure.trained_arrays(params, s)]
+        _checks.some_entries(arrays)
+        numbers = _measure.of_weights(arrays) | {"kl_divergence": divergence(q, p)}
+        numbers |= _measure.of_hess(arrays, hess_init, b2, num_steps)
+        if clip_radius is not None:
+            numbers["clipped"] = _measure.clipped_share(arrays, b1, clip_radius)
+        if loss_fn is not None:
+            keys = jax.random.split(key, num_samples)
+            numbers |= _measure.of_loss(arrays, params, opt_state, b2, loss_fn, keys)
+        return {name: jnp.asarray(value, float) for name, value in numbers.items()}
+
+    return _compiled.call(run, params, opt_state, key, of=loss_fn or measure)
 
 
 def _number(value):

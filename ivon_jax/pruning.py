@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _checks, _ranks
+from . import _checks, _compiled, _ranks
 from ._gaussian import Posterior
 
 
@@ -161,10 +161,11 @@ def prune(params: optax.Params | Posterior, mask: Any) -> optax.Params:
 
 
 def curve(
-    fn: Callable[[optax.Params], Any],
+    fn: Callable[..., Any],
     posterior: Posterior,
     sparsities: jax.typing.ArrayLike,
     criterion: Callable[[Posterior, jax.Array], Any] = by_signal_to_noise,
+    args: tuple[Any, ...] = (),
 ) -> Any:
     """Evaluate `fn` of the pruned parameters at each sparsity.
 
@@ -175,12 +176,13 @@ def curve(
     [10.  7.  0.]
 
     Args:
-      fn: a pure function of the parameters, returning any pytree of arrays, such as
+      fn: ``fn(theta, *args)``, a pure function, returning any pytree of arrays, such as
         the accuracy on a validation set.
       posterior: what `ivon_jax.posterior` returns.
       sparsities: (K,), numbers in [0, 1].
       criterion: `by_signal_to_noise`, `by_variance`, or any other function of the
         posterior and a traced sparsity that returns the mask for `prune`.
+      args: what `fn` takes after theta; see `ivon_jax.predict`.
 
     Returns:
       What `fn` returns, with a leading axis of K.
@@ -188,11 +190,19 @@ def curve(
     Raises:
       TypeError, ValueError: `sparsities` are not numbers in [0, 1], or as `criterion`.
     """
+    _checks.function("fn", fn)
     _check(posterior)
     sparsities = _checks.fractions("sparsities", sparsities)
-    return jax.lax.map(
-        lambda s: fn(prune(posterior, criterion(posterior, s))), sparsities
-    )
+    _checks.arguments("args", args)
+
+    def run(posterior, sparsities, args):
+        def at(sparsity):
+            theta = prune(posterior, criterion(posterior, sparsity))
+            return _checks.arrays("fn(theta)", fn(theta, *args))
+
+        return jax.lax.map(at, sparsities)
+
+    return _compiled.call(run, posterior, sparsities, args, of=fn)
 
 
 def _check(posterior):

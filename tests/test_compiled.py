@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ivon_jax
-from ivon_jax import _compiled
+from ivon_jax import _compiled, diagnostics, pruning
 
 Q = ivon_jax.Posterior(jnp.linspace(-1.0, 1.0, 5), jnp.full(5, 4.0))
 X = jnp.linspace(0.0, 1.0, 5)
@@ -72,6 +72,58 @@ def test_calls_in_a_loop_compile_once(way):
     for x in inputs[1:]:
         predict(x)
     assert len(COMPILATIONS) == before
+
+
+def classify(theta, x):
+    return x @ theta[:4].reshape(2, 2)
+
+
+def probs(theta, x):
+    return jax.nn.softmax(classify(theta, x))
+
+
+def loss(theta, x):
+    return jnp.mean(classify(theta, x) ** 2)
+
+
+TX = ivon_jax.ivon(0.1, ess=10)
+STATE = TX.init(Q.mean)
+LABELS = jnp.array([0, 1, 1])
+USES = {
+    "Mixture": lambda fn, x: ivon_jax.predict(
+        lambda t: fn(probs)(t, x), ivon_jax.Mixture([Q, Q]), KEY, 2
+    ),
+    "uncertainty": lambda fn, x: ivon_jax.uncertainty(
+        lambda t: fn(probs)(t, x), Q, KEY, 2
+    ),
+    "evidence_lower_bound": lambda fn, x: ivon_jax.evidence_lower_bound(
+        lambda t: fn(loss)(t, x), Q, Q, KEY, ess=10, num_samples=2
+    ),
+    "linearized": lambda fn, x: ivon_jax.linearized(fn(classify), Q, x),
+    "diagnose": lambda fn, x: diagnostics.measure(
+        Q.mean, STATE, loss_fn=lambda t: fn(loss)(t, x), key=KEY, num_samples=2
+    ),
+    "curve": lambda fn, x: pruning.curve(lambda t: fn(loss)(t, x), Q, [0.2, 0.5]),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_every_use_of_a_function_compiles_once(use):
+    """Of new functions on other data; and it is the result under jit."""
+
+    def new(fn):
+        return lambda *args: fn(*args)
+
+    inputs = [jnp.ones((3, 2)) + i for i in range(3)]
+    use(new, inputs[0])
+    before = len(COMPILATIONS)
+    for x in inputs[1:]:
+        result = use(new, x)
+    assert len(COMPILATIONS) == before
+    expected = jax.jit(lambda x: use(new, x))(inputs[-1])
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5), result, expected
+    )
 
 
 def test_other_programs_are_compiled():

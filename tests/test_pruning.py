@@ -246,6 +246,18 @@ def test_the_curve_takes_any_criterion():
     np.testing.assert_array_equal(result, [7, 5, 0])
 
 
+def test_the_function_of_a_curve_takes_arguments():
+    q = ivon_jax.Posterior(jnp.array([3.0, 2.0, 1.0]), jnp.ones(3))
+    result = pruning.curve(jnp.dot, q, [0.0, 1.0], args=(jnp.ones(3),))
+    np.testing.assert_array_equal(result, [6.0, 0.0])
+    with pytest.raises(TypeError, match="`args` must be a tuple of arguments"):
+        pruning.curve(jnp.dot, q, [0.0, 1.0], args=jnp.ones(3))
+    with pytest.raises(
+        TypeError, match="must be an array or a pytree of arrays, got N"
+    ):
+        pruning.curve(lambda _: None, q, [0.0, 1.0])
+
+
 def test_memory_of_the_curve_does_not_grow_with_the_sparsities():
     """Up to the sparsities and results, 4 bytes each: no stack of parameters."""
     q = ivon_jax.Posterior(jnp.ones(10_000), jnp.ones(10_000))
