@@ -18,6 +18,18 @@ lint: .venv/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
+# Other people's trainers and tools, in a folder of their own: hundreds of megabytes.
+# HEAVY="keras brax" also installs and tests these; see tests/clients/test_heavy.py.
+clients: .venv-clients/installed
+	$(if $(HEAVY),.venv-clients/bin/python -m pip install --quiet $(HEAVY))
+	CLIENTS="light $(HEAVY)" .venv-clients/bin/python -m pytest tests/clients
+
+.venv-clients/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-clients
+	@echo "Installing ivon-jax[clients] into .venv-clients: some minutes, once"
+	.venv-clients/bin/python -m pip install --quiet --editable ".[clients]"
+	@touch $@
+
 # DATA=folder has the data sets; ONLY="uci.py --mnist" runs these. See benchmarks/README.md.
 benchmark: .venv/benchmarks.installed
 	DATA="$(DATA)" $(BIN)/python benchmarks/run.py $(ONLY)

@@ -405,12 +405,17 @@ def plain_loop(loss_fn, params, steps):
     """The README's, its first gradient at the mean."""
     opt_state = TX.init(params)
     theta, curvature = params, {"hess": hess_of(opt_state)}
-    for t in range(steps):
-        updates, opt_state = jax.jit(TX.update)(
-            jax.jit(jax.grad(loss_fn))(theta, X), opt_state, params, **curvature
-        )
+
+    @jax.jit
+    def step(t, theta, params, opt_state, curvature):
+        grads = jax.grad(loss_fn)(theta, X)
+        updates, opt_state = TX.update(grads, opt_state, params, **curvature)
         params = optax.apply_updates(params, updates)
         theta = ivon_jax.sample(jax.random.fold_in(KEY, t + 1), params, opt_state)
+        return theta, params, opt_state
+
+    for t in range(steps):
+        theta, params, opt_state = step(t, theta, params, opt_state, curvature)
         curvature = {"sample": theta}
     return ivon_jax.posterior(params, opt_state)
 

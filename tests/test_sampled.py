@@ -16,6 +16,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
+from sklearn.datasets import load_digits
 
 import ivon_jax
 
@@ -572,6 +573,59 @@ def test_parameters_and_gradients_of_another_tree_are_refused():
     for read in (ivon_jax.mean, functools.partial(TX.update, THETA0)):
         with pytest.raises(ValueError, match="`params` must have the tree structure"):
             read(*((other, opt_state) if read is ivon_jax.mean else (opt_state, other)))
+
+
+def network(params, x):
+    hidden = jnp.tanh(x @ params["w1"] + params["b1"][None])
+    return hidden @ params["w2"] + params["b2"][None]
+
+
+def negative_log_likelihood(params, x, y):
+    logits = network(params, x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def trained_on_digits(key, x, y, steps=480):
+    """A trainer's loop; its parameters and the mean in the end."""
+    keys = jax.random.split(key, 4)
+    params = {
+        "w1": jax.random.normal(keys[0], (64, 32)) / 8,
+        "b1": jnp.zeros(32),
+        "w2": jax.random.normal(keys[1], (32, 10)) / 6,
+        "b2": jnp.zeros(10),
+    }
+    rate = optax.cosine_decay_schedule(0.3, steps)
+    tx = ivon_jax.ivon(rate, ess=len(x), hess_init=0.3, b2=1 - 1 / steps)
+    tx = sampled(tx, keys[2])
+
+    def step(carry, key):
+        params, opt_state = carry
+        batch = jax.random.randint(key, (100,), 0, len(x))
+        grads = jax.grad(negative_log_likelihood)(params, x[batch], y[batch])
+        return one_step(tx, params, opt_state, grads), None
+
+    carry = params, tx.init(params)
+    carry, _ = jax.lax.scan(step, carry, jax.random.split(keys[3], steps))
+    return carry[0], ivon_jax.mean(*carry)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_mean_predicts_digits_better_than_the_trainers_own_parameters():
+    """Of four seeds each: 0.132 for 0.163 nats, 3.1 % for 4.6 % errors."""
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    x, y = jnp.asarray(x[order] / 16, jnp.float32), jnp.asarray(y[order])
+
+    def losses(key):
+        return [
+            negative_log_likelihood(params, x[1200:], y[1200:])
+            for params in trained_on_digits(key, x[:1200], y[:1200])
+        ]
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    draw, mean = jax.jit(jax.vmap(losses))(keys)
+    assert jnp.all(mean < draw)
+    assert mean.mean() < 0.9 * draw.mean()
 
 
 SHARDED_RUN = """
