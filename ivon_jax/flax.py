@@ -215,23 +215,23 @@ def value_and_grad(
     """
     has_aux = options.pop("has_aux", False)
 
-    def estimate(key, model, optimizer, *args):
+    def estimate(key, model, optimizer, *args, **kwargs):
         order = "(key, model, optimizer, *args)"
         _checks.nnx_arguments(order, model, optimizer)
         of_optimizer = nnx.state(model, optimizer.wrt)
         graphdef, params, keys, rest = nnx.split(model, wrt, nnx.RngKey, ...)
         _checks.same_filter(params, of_optimizer, wrt, optimizer.wrt)
 
-        def loss_of_draw(theta, keys, *args):
+        def loss_of_draw(theta, keys, *args, **kwargs):
             draw = nnx.merge(graphdef, theta, keys, rest, copy=True)
-            value = loss_fn(draw, *args)
+            value = loss_fn(draw, *args, **kwargs)
             _checks.scalar_loss(value, has_aux)
             loss, aux = value if has_aux else (value, None)
             return loss, (aux, _changed(rest, nnx.split(draw, wrt, nnx.RngKey, ...)[3]))
 
         grad_fn = _gradients.value_and_grad(loss_of_draw, has_aux=True, **options)
         opt_state = arrays(optimizer.opt_state)
-        outputs = grad_fn(key, arrays(params), opt_state, arrays(keys), *args)
+        outputs = grad_fn(key, arrays(params), opt_state, arrays(keys), *args, **kwargs)
         (loss, (aux, changed)), (grad, hess) = outputs
         nnx.update(model, nnx.from_flat_state(_by_path(rest, changed)))
         result = Estimate(_in_variables(params, grad), hess)

@@ -354,6 +354,20 @@ def test_other_state_advances_as_in_one_plain_step():
     np.testing.assert_array_equal(model.first.kernel[...], before["first"]["kernel"])
 
 
+@pytest.mark.parametrize("options", [{"mc_samples": 2}, {"microbatches": 2}])
+def test_each_draw_has_a_dropout_mask_of_its_own(options):
+    """Of 64 entries in two draws: were the masks one, their mean would be 0 or 2."""
+
+    def loss_with_mask(model, x):
+        return nnx_loss(model, x), model.dropout(jnp.ones(64))
+
+    grad_fn = ivon_jax.flax.value_and_grad(loss_with_mask, has_aux=True, **options)
+    model, optimizer = nnx_model()
+    (_, mean), _ = nnx.jit(grad_fn)(jax.random.key(0), model, optimizer, X)
+    assert set(np.unique(mean)) == {0.0, 1.0, 2.0}
+    assert model.dropout.rngs.count[...] == 2
+
+
 def test_nnx_optimizer_steps_down_with_everything_at_once():
     """Samples, micro-batches, bfloat16, dropout and batch statistics; one trace."""
     model, optimizer = nnx_model()
