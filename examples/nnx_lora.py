@@ -21,7 +21,10 @@ IVON's best Hessian initialisation, 3, is the largest of its three, and AdamW's 
 the lower: it stopped short of fitting its 100 examples, with a smaller learning rate
 than the most accurate one.
 
-Toy size: `--pretrain_epochs 2 --epochs 2 --seeds 1`
+`--mc_samples 2 --microbatches 2 --bfloat16 1` estimates the gradient from two samples
+of each half of a batch, in bfloat16; the default is one of the batch, in float32.
+
+Toy size: `--pretrain_epochs 2 --epochs 2 --seeds 1 --mc_samples 2 --microbatches 2`
 """
 
 import collections
@@ -36,7 +39,7 @@ import optax
 from flax import nnx
 from matplotlib.figure import Figure
 from running import flags
-from running.flags import Count, Picture, Positive
+from running.flags import Count, Picture, Positive, Switch
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
@@ -57,6 +60,9 @@ class Config:
     adamw_weight_decay: float = 0.01
     ivon_lr: float = 0.1
     ivon_hess_init: Positive = 3.0
+    mc_samples: Count = 1
+    microbatches: Count = 1
+    bfloat16: Switch = 0
     num_samples: Count = 64
     seeds: Count = 3
     plot: Picture = "nnx_lora.png"
@@ -111,13 +117,18 @@ def adamw_step(model, optimizer, images, labels):
     return loss
 
 
-@nnx.jit
-def ivon_step(model, optimizer, images, labels, key):
-    """The same at a sample of the adapters."""
-    sampled = ivon_jax.flax.sample(key, model, optimizer)
-    trained = nnx.DiffState(0, optimizer.wrt)
-    loss, grads = nnx.value_and_grad(loss_fn, argnums=trained)(sampled, images, labels)
-    optimizer.update(model, grads, sample=nnx.state(sampled, optimizer.wrt))
+@nnx.jit(static_argnames="config")
+def ivon_step(model, optimizer, images, labels, key, config):
+    """The same at samples of the adapters, one for each slice of the batch."""
+    grad_fn = ivon_jax.flax.value_and_grad(
+        loss_fn,
+        wrt=ADAPTERS,
+        mc_samples=config.mc_samples,
+        microbatches=config.microbatches,
+        compute_dtype=jnp.bfloat16 if config.bfloat16 else None,
+    )
+    loss, estimate = grad_fn(key, model, optimizer, images, labels)
+    optimizer.update(model, estimate.grad, hess=estimate.hess)
     return loss
 
 
@@ -171,7 +182,8 @@ def finetune(key, model, tx, step, data, test, config, bar):
         order, noise = epoch_keys
         for i, batch in enumerate(batches(order, *data, config.batch_size)):
             if step is ivon_step:
-                loss = step(model, optimizer, *batch, jax.random.fold_in(noise, i))
+                step_key = jax.random.fold_in(noise, i)
+                loss = step(model, optimizer, *batch, step_key, config)
             else:
                 loss = step(model, optimizer, *batch)
         last = epoch == config.epochs - 1

@@ -86,7 +86,7 @@ def test_optimistix_trains_the_plain_loops_posterior():
 
 @pytest.mark.usefixtures("x64")
 def test_numpyro_trains_the_plain_loops_posterior():
-    """And it is the exact one: 64 / 0.09 times a mean square of the inputs."""
+    """About the exact one: h is an average of 100 estimates, 14 % off or more."""
     needs("numpyro")
     space = recipes.run(PAGE, "NumPyro SVI")
     svi, data = space["svi"], (space["inputs"], space["labels"])
@@ -97,13 +97,14 @@ def test_numpyro_trains_the_plain_loops_posterior():
             jax.random.key(0), params, space["model"], space["guide"], *data
         )
 
-    expected = plain_loop(space["svi_tx"], loss_fn, start, 200, jax.random.key(1))
+    expected = plain_loop(space["svi_tx"], loss_fn, start, 1000, jax.random.key(1))
     assert_close(space["posterior"], expected)
     exact = jnp.sum(space["inputs"] ** 2, axis=0) / 0.09 + 0.01
     [precision] = jax.tree.leaves(space["posterior"].precision)
     np.testing.assert_allclose(precision, exact, rtol=0.5)
 
 
+@pytest.mark.usefixtures("x64")
 def test_gpjax_keeps_the_state_and_its_loss_falls():
     needs("gpjax")
     space = recipes.run(PAGE, "Trainers that drop the optimizer's state", "GPJax")
