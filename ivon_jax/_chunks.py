@@ -14,10 +14,11 @@ def map_examples(fn, examples, chunk_size):
     def join(x):
         return (x.swapaxes(0, 1) if strided else x).reshape(-1, *x.shape[2:])
 
-    chunks = jax.lax.map(lambda j: jax.vmap(fn)(chunk(j)), jnp.arange(count))
-    parts = [jax.tree.map(join, chunks)]
-    if count * size < _length(examples):
-        parts.append(jax.vmap(fn)(_after(count * size, examples)))
+    with _sharding.set_mesh_of(examples):
+        chunks = jax.lax.map(lambda j: jax.vmap(fn)(chunk(j)), jnp.arange(count))
+        parts = [jax.tree.map(join, chunks)]
+        if count * size < _length(examples):
+            parts.append(jax.vmap(fn)(_after(count * size, examples)))
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
 
 
@@ -40,9 +41,10 @@ def sum_examples(fn, examples, chunk_size):
         return new_sums, jax.tree.map(_rounded, sums, terms, new_sums)
 
     whole = count * size == _length(examples)
-    start = total(chunk(0) if whole else _after(count * size, examples))
-    carry = start, jax.tree.map(jnp.zeros_like, start)
-    sums, _ = jax.lax.fori_loop(int(whole), count, include, carry)
+    with _sharding.set_mesh_of(examples):
+        start = total(chunk(0) if whole else _after(count * size, examples))
+        carry = start, jax.tree.map(jnp.zeros_like, start)
+        sums, _ = jax.lax.fori_loop(int(whole), count, include, carry)
     return sums
 
 

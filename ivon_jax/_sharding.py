@@ -4,6 +4,7 @@ On explicit meshes it is their sharding, within `jax.shard_map` the axes along w
 they vary. Automatic meshes need none of this: there the compiler chooses.
 """
 
+import contextlib
 import math
 
 import jax
@@ -27,6 +28,19 @@ def whole(x):
     if sharding is None or not any(sharding.spec):
         return x
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P()))
+
+
+def set_mesh_of(tree):
+    """A context with the explicit mesh of these arrays, if there is no other.
+
+    Without one, `jax.vmap` of a loop over sharded arrays fails.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        for x in jax.tree.leaves(tree):
+            sharding = in_type(x)
+            if sharding is not None:
+                return jax.sharding.use_abstract_mesh(sharding.mesh)
+    return contextlib.nullcontext()
 
 
 def parts(x):
