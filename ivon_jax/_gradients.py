@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _rules, _sharding
+from . import _checks, _compiled, _rules, _sharding
 from ._gaussian import drawn, map_arrays, standard_normal
 from ._mean import is_key, scan_mean, vmap_mean
 from ._posterior import posterior
@@ -166,13 +166,22 @@ def value_and_grad(
         keys = jax.random.split(key, microbatches)
         return scan_mean(lambda x: over_samples(q, x[0], join(x[1])), (keys, slices))
 
+    def average(q, key, batch):
+        if one_draw:  # no loop to compile
+            return over_microbatches(q, key, batch)
+
+        def run(q, key):
+            return over_microbatches(q, key, batch)  # its numbers stay numbers
+
+        return _compiled.call(run, q, key, of=loss_fn)
+
     def estimate(key, params, opt_state, *args, **kwargs):
         key, batch = _checks.random_key("key", key), (args, kwargs)
         if not one_draw:
             _checks.typed_keys(batch)
         q = posterior(params, opt_state)
         if axis_name is None:
-            loss, aux, (grad, hess) = over_microbatches(q, key, batch)
+            loss, aux, (grad, hess) = average(q, key, batch)
         else:
             index = _checks.axis_index(axis_name)
             key, batch = jax.random.fold_in(key, index), _fold_in(batch, index)

@@ -103,6 +103,9 @@ USES = {
     "diagnose": lambda fn, x: diagnostics.measure(
         Q.mean, STATE, loss_fn=lambda t: fn(loss)(t, x), key=KEY, num_samples=2
     ),
+    "value_and_grad": lambda fn, x: ivon_jax.value_and_grad(
+        lambda t, x: fn(loss)(t, x), mc_samples=2
+    )(KEY, Q.mean, STATE, x),
     "curve": lambda fn, x: pruning.curve(lambda t: fn(loss)(t, x), Q, [0.2, 0.5]),
 }
 
