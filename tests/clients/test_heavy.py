@@ -1,6 +1,6 @@
 """Trainers that take hundreds of megabytes: `make clients HEAVY="keras brax"`.
 
-The last transformers with Flax models are ``transformers<5``.
+Also google-tunix, and ``"transformers<5"``, the last ones with Flax models.
 """
 
 import importlib.util
@@ -51,6 +51,16 @@ def test_brax_trains_the_plain_loops_posterior():
     q = space["ivon_jax"].posterior(*carry)
     np.testing.assert_allclose(space["posterior"].mean, q.mean, rtol=1e-4)
     np.testing.assert_allclose(space["posterior"].precision, q.precision, rtol=1e-4)
+
+
+def test_tunix_finds_the_weights():
+    """Of least squares, to a few of the posterior's standard deviations of 0.1."""
+    needs("tunix")
+    space = recipes.run("trainers.md", "Tunix")
+    assert space["trainer"].optimizer.step[...] == 50
+    kernel = space["posterior"].mean["kernel"][:, 0]
+    np.testing.assert_allclose(kernel, [1.0, -2.0, 0.5], atol=0.5)
+    assert np.any(kernel != space["trainer"].model.kernel[...][:, 0])
 
 
 def test_transformers_flax_model_learns():
