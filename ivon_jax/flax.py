@@ -234,19 +234,19 @@ def value_and_grad(
         outputs = grad_fn(key, arrays(params), opt_state, arrays(keys), *args, **kwargs)
         (loss, (aux, changed)), (grad, hess) = outputs
         nnx.update(model, nnx.from_flat_state(_by_path(rest, changed)))
-        result = Estimate(_in_variables(params, grad), hess)
+        result = Estimate(*(_in_variables(params, tree) for tree in (grad, hess)))
         return ((loss, aux) if has_aux else loss), result
 
     return estimate
 
 
-def _in_variables(params, grad):
-    """`grad` as `nnx.grad` returns it, which the optimizer filters by its `wrt`."""
+def _in_variables(params, tree):
+    """`tree` as `nnx.grad` returns it: the optimizer filters that by its `wrt`."""
 
     def is_variable(node):
         return isinstance(node, nnx.Variable)
 
-    return jax.tree.map(lambda p, g: p.replace(g), params, grad, is_leaf=is_variable)
+    return jax.tree.map(lambda p, x: p.replace(x), params, tree, is_leaf=is_variable)
 
 
 def _changed(before, after):
