@@ -325,6 +325,10 @@ def arrays(tree: Any) -> Any:
     def is_variable(node):
         return isinstance(node, nnx.Variable)
 
-    return jax.tree.map(
-        lambda x: x[...] if is_variable(x) else x, tree, is_leaf=is_variable
-    )
+    def inside(node):
+        if not is_variable(node):
+            return node
+        [value] = jax.tree.leaves(node, is_leaf=lambda x: x is not node)
+        return node[...] if hasattr(value, "shape") else value  # masked, or None
+
+    return jax.tree.map(inside, tree, is_leaf=is_variable)

@@ -585,3 +585,30 @@ def test_a_model_for_an_optimizer_is_named(read):
     model, optimizer = nnx_model()
     with pytest.raises(TypeError, match="`optimizer` must be an"):
         read(optimizer, model)
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: ivon_jax.sampled(tx, KEY)])
+def test_nnx_optimizer_may_mask_parameters(wrap):
+    """Those without a posterior are in the model at their value, as point masses."""
+    model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+
+    def kernels(params):
+        return jax.tree.map_with_path(
+            lambda path, _: "kernel" in jax.tree_util.keystr(path), params
+        )
+
+    groups = optax.masked(TX, kernels), optax.masked(optax.set_to_zero(), others)
+    optimizer = nnx.Optimizer(model, wrap(optax.chain(*groups)), wrt=nnx.Param)
+    bias = jnp.copy(model.bias[...])
+    grad_fn = ivon_jax.flax.value_and_grad(nnx_loss, mc_samples=2)
+    _, estimate = grad_fn(jax.random.key(0), model, optimizer, X)
+    optimizer.update(model, estimate.grad, hess=estimate.hess)
+    q = ivon_jax.flax.posterior(model, optimizer)
+    assert len(jax.tree.leaves(q.precision)) == 1
+    np.testing.assert_array_equal(ivon_jax.flax.mean(model, optimizer).bias[...], bias)
+
+
+def others(params):
+    return jax.tree.map_with_path(
+        lambda path, _: "bias" in jax.tree_util.keystr(path), params
+    )
