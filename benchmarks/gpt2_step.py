@@ -1,12 +1,14 @@
 """Memory and time of GPT-2's training step, IVON beside AdamW (the paper's Table 6).
 
     python benchmarks/gpt2_step.py                       # 1 min, on any machine
-    python benchmarks/gpt2_step.py --sizes small,medium --batch_size 16 --steps 20
+    python benchmarks/gpt2_step.py --sizes small,medium --dtypes bfloat16 \
+        --batch_size 8 --steps 20 --keys threefry2x32,rbg         # 3 min on a GPU
 
-Memory is exact, from the compiled program: arguments, new outputs and temporaries, in
-parameter-sized float32 buffers; the state and the parameters are 3. `--steps` also runs
-the programs and prints the median time of a step: the second line, for a GPU. The paper
-has 1.23 and 1.19 times AdamW's time, 1.06 and 1.17 times its memory, for 124M and 355M.
+Memory is exact, from the compiled program: arguments, new outputs and temporaries, also
+in parameter-sized float32 buffers; the state and the parameters are 3. `--steps` runs
+the programs, too, and prints the median time of a step. The paper has 1.23 and 1.19
+times AdamW's time, 1.06 and 1.17 times its memory, for 124M and 355M. `--keys` are the
+generators of IVON's noise.
 
 What to see: with float32 IVON takes one buffer more, theta; with bfloat16 theta takes
 the place of the cast and the noise is drawn again rather than kept. Micro-batches
@@ -39,22 +41,24 @@ class Config:
     batch_size: report.Count = 1
     microbatches: report.Count = 1
     vocabulary: report.Count = 50304
+    keys: str = "threefry2x32"  # of IVON
     steps: int = 0  # to time
 
 
-def compile_step(size, dtype, optimizer, config):
+def compile_step(size, dtype, optimizer, impl, config):
     """Return the compiled step, and a function that makes its arguments."""
     flags = dict(size=size, dtype=dtype, optimizer=optimizer)
     flags |= dict(batch_size=config.batch_size, microbatches=config.microbatches)
     run = gpt2.parse_args([f"--{name}={value}" for name, value in flags.items()])
     mesh = gpt2.create_mesh("")
     key = jax.random.key(0)
+    noise_key = jax.random.key(0, impl=impl)
     tx = gpt2.create_optimizer(run)
 
     def create():
         params = gpt2.nnx.state(gpt2.GPT(run, config.vocabulary, gpt2.nnx.Rngs(key)))
         tokens = jnp.zeros((config.batch_size, run.block + 1), jnp.int32)
-        return params, tx.init(params), tokens, key
+        return params, tx.init(params), tokens, noise_key
 
     with jax.set_mesh(mesh):
         graphdef = gpt2.nnx.graphdef(
@@ -69,13 +73,11 @@ def compile_step(size, dtype, optimizer, config):
     return compiled, jax.jit(create)
 
 
-def buffers(compiled, create):
-    """Return the peak memory in parameter-sized float32 buffers."""
+def peak_memory(compiled):
+    """Return the peak memory in bytes."""
     used = compiled.memory_analysis()
     peak = used.argument_size_in_bytes + used.temp_size_in_bytes
-    peak += used.output_size_in_bytes - used.alias_size_in_bytes
-    params = jax.eval_shape(create)[0]
-    return peak / (4 * optax.tree.size(params))
+    return peak + used.output_size_in_bytes - used.alias_size_in_bytes
 
 
 def milliseconds(compiled, create, steps):
@@ -90,29 +92,46 @@ def milliseconds(compiled, create, steps):
     return 1000 * statistics.median(times[3:])
 
 
-def measure(size, dtype, optimizer, config):
-    """Return buffers and milliseconds, None where nothing ran."""
-    compiled, create = compile_step(size, dtype, optimizer, config)
+def measure(size, dtype, optimizer, impl, config):
+    """Return parameters, peak bytes, and milliseconds, None where nothing ran."""
+    compiled, create = compile_step(size, dtype, optimizer, impl, config)
+    count = optax.tree.size(jax.eval_shape(create)[0])
     ms = milliseconds(compiled, create, config.steps) if config.steps else None
-    return buffers(compiled, create), ms
+    return count, peak_memory(compiled), ms
+
+
+HEAD = (
+    *("GPT-2", "dtype", "optimizer", "GiB", "/ AdamW", "buffers", "more"),
+    *("ms", "/ AdamW"),
+)
+
+
+def rows_of(size, dtype, config, bar):
+    """Return the lines of one size and dtype, AdamW's first."""
+    keys = config.keys.split(",")
+    systems = [("AdamW", keys[0]), *(("IVON", key) for key in keys)]
+    rows, first = [], None
+    for name, impl in systems:
+        count, peak, ms = measure(size, dtype, name.lower(), impl, config)
+        _, first_peak, first_ms = first = first or (count, peak, ms)
+        label = name if name == "AdamW" or len(keys) == 1 else f"{name}, {impl}"
+        cells = [size, dtype, label, f"{peak / 2**30:.3f}", f"{peak / first_peak:.3f}"]
+        cells += [f"{peak / 4 / count:.3f}", f"{(peak - first_peak) / 4 / count:+.3f}"]
+        cells += ["", ""] if ms is None else [f"{ms:.1f}", f"{ms / first_ms:.3f}"]
+        rows.append(cells)
+        bar.update()
+    return rows
 
 
 def main():
-    """Print a line for each size and dtype."""
+    """Print a line for each size, dtype and optimizer."""
     config = report.parse_args(Config, __doc__)
     report.print_conditions(config)
-    print("| GPT-2 | dtype | buffers, AdamW | IVON | more | ms, AdamW | IVON | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     cases = [(s, d) for s in config.sizes.split(",") for d in config.dtypes.split(",")]
-    for size, dtype in tqdm(cases):
-        adamw, adamw_ms = measure(size, dtype, "adamw", config)
-        ivon, ivon_ms = measure(size, dtype, "ivon", config)
-        cells = [size, dtype, f"{adamw:.3f}", f"{ivon:.3f}", f"{ivon - adamw:.3f}"]
-        if config.steps:
-            cells += [f"{adamw_ms:.1f}", f"{ivon_ms:.1f}", f"{ivon_ms / adamw_ms:.3f}"]
-        else:
-            cells += [""] * 3
-        print(f"| {' | '.join(cells)} |", flush=True)
+    total = len(cases) * (1 + len(config.keys.split(",")))
+    with tqdm(total=total, unit="program", leave=False) as bar:
+        rows = [row for case in cases for row in rows_of(*case, config, bar)]
+    report.print_table(HEAD, rows)
 
 
 if __name__ == "__main__":
