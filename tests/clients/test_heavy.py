@@ -1,6 +1,6 @@
 """Trainers that take hundreds of megabytes: `make clients HEAVY="keras brax"`.
 
-Also google-tunix, and ``"transformers<5"``, the last ones with Flax models.
+Also google-tunix, kauldron and ``"transformers<5"``, the last ones with Flax models.
 """
 
 import importlib.util
@@ -51,6 +51,14 @@ def test_brax_trains_the_plain_loops_posterior():
     q = space["ivon_jax"].posterior(*carry)
     np.testing.assert_allclose(space["posterior"].mean, q.mean, rtol=1e-4)
     np.testing.assert_allclose(space["posterior"].precision, q.precision, rtol=1e-4)
+
+
+def test_kauldron_finds_the_weights():
+    needs("kauldron")
+    space = recipes.run("trainers.md", "Kauldron")
+    kernel = space["posterior"].mean["Dense_0"]["kernel"][:, 0]
+    np.testing.assert_allclose(kernel, [1.0, -2.0, 0.5], atol=0.5)
+    assert np.any(kernel != space["state"].params["Dense_0"]["kernel"][:, 0])
 
 
 def test_tunix_finds_the_weights():
