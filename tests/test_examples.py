@@ -24,7 +24,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NAMES = [path.stem for path in EXAMPLES]
 # Where zero means something.
 MAY_BE_ZERO = {
-    *("seed", "warmup", "warmup_epochs", "remat", "write", "process_id", "cpu_devices")
+    *("seed", "warmup", "warmup_epochs", "write", "process_id", "cpu_devices"),
+    *("remat", "bfloat16"),  # switches
 }
 WITHOUT_FILES = ["digits", "ensemble", "merging", "nnx_lora", "regression_1d"]
 WITH_IMAGES = ["continual", "leave_one_out", "ood", "pruning", "sensitivity"]
