@@ -11,7 +11,9 @@ times AdamW's time, 1.06 and 1.17 times its memory, for 124M and 355M. `--keys` 
 generators of IVON's noise.
 
 What to see: with float32 IVON takes one buffer more, theta; with bfloat16 theta takes
-the place of the cast and the noise is drawn again rather than kept. Micro-batches
+the place of the cast and the noise is drawn again rather than kept. The network casts
+its parameters layer by layer; "cast once" is AdamW with all of them cast at the start,
+as theta is, and the fair measure of IVON's time in bfloat16. Micro-batches
 (`--microbatches 2`) cost another buffer, the sum of h_hat, and on CPUs three or four
 that XLA moves out of their loop.
 """
@@ -45,7 +47,7 @@ class Config:
     steps: int = 0  # to time
 
 
-def compile_step(size, dtype, optimizer, impl, config):
+def compile_step(size, dtype, optimizer, impl, cast, config):
     """Return the compiled step, and a function that makes its arguments."""
     flags = dict(size=size, dtype=dtype, optimizer=optimizer)
     flags |= dict(batch_size=config.batch_size, microbatches=config.microbatches)
@@ -67,10 +69,22 @@ def compile_step(size, dtype, optimizer, impl, config):
             )
         )
         loss_fn, _ = gpt2.create_losses(graphdef)
+        if cast:
+            loss_fn = cast_once(loss_fn, run.dtype)
         step = gpt2.create_train_step(loss_fn, tx, run, mesh)
         step = jax.jit(step, donate_argnums=(0, 1))
         compiled = step.lower(*jax.eval_shape(create)).compile()
     return compiled, jax.jit(create)
+
+
+def cast_once(loss_fn, dtype):
+    """`loss_fn` with all parameters rounded before the first layer, as IVON's theta."""
+
+    def loss(params, tokens):
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        return loss_fn(params, tokens)
+
+    return loss
 
 
 def peak_memory(compiled):
@@ -92,9 +106,9 @@ def milliseconds(compiled, create, steps):
     return 1000 * statistics.median(times[3:])
 
 
-def measure(size, dtype, optimizer, impl, config):
+def measure(size, dtype, optimizer, impl, cast, config):
     """Return parameters, peak bytes, and milliseconds, None where nothing ran."""
-    compiled, create = compile_step(size, dtype, optimizer, impl, config)
+    compiled, create = compile_step(size, dtype, optimizer, impl, cast, config)
     count = optax.tree.size(jax.eval_shape(create)[0])
     ms = milliseconds(compiled, create, config.steps) if config.steps else None
     return count, peak_memory(compiled), ms
@@ -109,12 +123,15 @@ HEAD = (
 def rows_of(size, dtype, config, bar):
     """Return the lines of one size and dtype, AdamW's first."""
     keys = config.keys.split(",")
-    systems = [("AdamW", keys[0]), *(("IVON", key) for key in keys)]
+    systems = [("AdamW", keys[0], False), *(("IVON", key, False) for key in keys)]
+    if dtype != "float32":
+        systems.insert(1, ("AdamW", keys[0], True))
     rows, first = [], None
-    for name, impl in systems:
-        count, peak, ms = measure(size, dtype, name.lower(), impl, config)
+    for name, impl, cast in systems:
+        count, peak, ms = measure(size, dtype, name.lower(), impl, cast, config)
         _, first_peak, first_ms = first = first or (count, peak, ms)
-        label = name if name == "AdamW" or len(keys) == 1 else f"{name}, {impl}"
+        label = f"{name}, {impl}" if name == "IVON" and len(keys) > 1 else name
+        label += ", cast once" * cast
         cells = [size, dtype, label, f"{peak / 2**30:.3f}", f"{peak / first_peak:.3f}"]
         cells += [f"{peak / 4 / count:.3f}", f"{(peak - first_peak) / 4 / count:+.3f}"]
         cells += ["", ""] if ms is None else [f"{ms:.1f}", f"{ms / first_ms:.3f}"]
@@ -128,7 +145,8 @@ def main():
     config = report.parse_args(Config, __doc__)
     report.print_conditions(config)
     cases = [(s, d) for s in config.sizes.split(",") for d in config.dtypes.split(",")]
-    total = len(cases) * (1 + len(config.keys.split(",")))
+    per_case = 1 + len(config.keys.split(","))
+    total = sum(per_case + (dtype != "float32") for _, dtype in cases)
     with tqdm(total=total, unit="program", leave=False) as bar:
         rows = [row for case in cases for row in rows_of(*case, config, bar)]
     report.print_table(HEAD, rows)

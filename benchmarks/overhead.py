@@ -346,7 +346,7 @@ def main():
     """Measure and print."""
     config = report.parse_args(Config, __doc__, **FULL)
     report.print_conditions(config)
-    names = config.models.split(",")
+    names = list(filter(None, config.models.split(",")))
     optimizers = [*BASELINES, Optimizer("IVON")]
     first = [(functools.partial(create_problem, n, config), optimizers) for n in names]
     gpt2s = [name for name in names if name.startswith("gpt2-")]
