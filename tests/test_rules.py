@@ -136,3 +136,14 @@ def test_usable_is_where_line_5_stays_below_the_largest_hess(
         s = -precision + sign * np.sqrt(precision**2 + 2 * precision * more)
         hess_hat = f32(hess + s / (1 - b2))
         assert _rules.usable(f32(hess), hess_hat, b2, weight_decay) == usable
+
+
+@pytest.mark.parametrize("hess", [0.0, 1.0, 5e14])
+def test_no_step_goes_beyond_the_largest_hess(hess):
+    moved = _rules.next_hess(f32(hess), f32(1e30), 0.9, 1e-4)
+    assert_at_most(moved, _rules.LARGEST_HESS)
+
+
+def test_a_hess_below_its_range_can_take_an_estimate():
+    """It starts from the least one, as line 5 does."""
+    assert _rules.usable(f32(-1.0), f32(0.0), 0.999, 1e-4)
