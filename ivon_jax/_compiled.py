@@ -56,8 +56,17 @@ def call(run: Callable[..., Any], *args: Any, of: Callable[..., Any]) -> Any:
     closed, shapes = jax.make_jaxpr(of_values, return_shape=True)(*values)
     if _any_tracer(closed.consts):
         return run(*args)
-    outputs = _program(closed.jaxpr, of)(closed.consts, values)
+    outputs = _program(_of_arguments(closed), of)(*closed.consts, *values)
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+
+def _of_arguments(closed):
+    """The jaxpr in which constants are arguments, the first ones.
+
+    JAX 0.12 has one class for both kinds of jaxpr: its `jaxpr` still holds them.
+    """
+    jaxpr = closed.jaxpr
+    return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
 
 
 def _is_traced(leaf):
@@ -79,8 +88,8 @@ class _Trace:
 
 
 def _jitted(trace):
-    def evaluate(consts, values):
-        return jax.core.eval_jaxpr(trace.jaxpr, consts, *values)
+    def evaluate(*values):
+        return jax.core.eval_jaxpr(trace.jaxpr, (), *values)
 
     return jax.jit(evaluate)
 
@@ -90,7 +99,7 @@ _of_functions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _program(jaxpr, fn):
-    """The function of constants and values, compiled at its first call."""
+    """The function of its values, compiled at its first call."""
     embedded = []
     trace = _Trace(_structure(jaxpr, embedded), jaxpr)
     if sum(map(_num_bytes, embedded)) <= MAX_EMBEDDED_BYTES:

@@ -230,7 +230,7 @@ def test_closed_over_arrays_are_no_part_of_the_program():
     x = jnp.ones(10_000)
     trace = jax.make_jaxpr(lambda t: t * x)(x)
     embedded = []
-    _compiled._structure(trace.jaxpr, embedded)
+    _compiled._structure(_compiled._of_arguments(trace), embedded)
     assert embedded == []
 
 
