@@ -581,7 +581,10 @@ def test_a_legacy_key_is_not_taken_for_a_batch(options):
         ivon_jax.value_and_grad(loss, **options)(jax.random.key(0), *args)
 
 
-@pytest.mark.parametrize("options", [{"mc_samples": 2}, {"microbatches": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{"mc_samples": 2}, {"microbatches": 2}, {"mc_samples": 2, "vectorize": True}],
+)
 def test_keys_are_aux(options, key):
     """Such as the random state of a network with dropout: the last one stays."""
 
