@@ -144,9 +144,9 @@ def ivon(
       State arrays are float32, or wider where a parameter is; updates have the
       parameters' dtypes. An entry of :math:`\hat h` that is not finite, or that would
       carry `h` beyond 1e15 (as a gradient of 1e15 does), counts as a NaN gradient: the
-      update and `g` are NaN, while `h` stays what it was. Clip gradients that may be
-      so large. `optax.apply_if_finite` skips steps with a gradient that is not finite,
-      and with ``estimate.update`` those with such an :math:`\hat h`.
+      update and `g` are NaN. Where `g` is NaN, `h` stays what it was. Clip gradients
+      that may be so large. `optax.apply_if_finite` skips steps with a gradient that is
+      not finite, and with ``estimate.update`` those with such an :math:`\hat h`.
 
     Raises:
       TypeError, ValueError: an argument is of the wrong kind or out of range.
@@ -210,8 +210,10 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior):
             # A select of what goes in costs no memory, one of what comes out does.
             usable = _rules.usable(h, hess_hat, b2_, delta)
             grad = jnp.where(usable, grad, jnp.nan)
-            hess_hat = jnp.where(usable, hess_hat, h)
             g = _rules.next_momentum(g, grad, b1_)
+            # Asked of the new g, not of `usable`: then whatever reads the old h comes
+            # before the new one, and XLA writes it in place. It would copy h otherwise.
+            hess_hat = jnp.where(jnp.isnan(g), h, hess_hat)
             h = _rules.next_hess(h, hess_hat, b2_, delta)
             g_bar = _rules.debiased(g, b1_, t)
             return _Step(_rules.direction(g_bar, mean, h, delta), g, h)

@@ -486,6 +486,16 @@ def test_an_estimate_that_h_cannot_take_is_seen_and_h_stays(bad):
     np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
 
 
+def test_h_stays_where_the_gradient_is_nan():
+    """Whatever its Hessian estimate is: the step is none, of mean and h alike."""
+    grads = GRADS | {"b": jnp.array([1.0, jnp.nan, 1.0])}
+    hess = jax.tree.map(lambda x: x + 10.0, PARAMS)
+    updates, opt_state = TX.update(grads, STATE, PARAMS, hess=hess)
+    moved = ivon_jax.find_states(opt_state)[0].hess["b"] != 1.0
+    assert moved.tolist() == [True, False, True]
+    assert jnp.isnan(updates["b"]).tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("wild", [1e14, -1e15, 1e30])
 def test_a_single_wild_gradient_freezes_no_weight_in_silence(wild, key):
     """Line 5 squares it; its update is NaN, and h still what it was."""
