@@ -43,8 +43,9 @@ def mean(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
       or wider, the others are as they are.
 
     Raises:
-      ValueError: `params` is not the tree that the state was made for.
+      ValueError: `params` is not the tree that the state was made for, or a state.
     """
+    _checks.params_before_state(find_states(params))
     states = _nodes(opt_state, SampledState)
 
     def owned(state):
@@ -178,6 +179,7 @@ def _unmasked(tree, params):
 
 def _merged(params, opt_state, values):
     """The trees ``values(state)`` in one like `params`, None for a point mass."""
+    _checks.params_before_state(find_states(params))
     states = find_states(opt_state)
     _checks.some_state(states, opt_state)
 

@@ -291,6 +291,26 @@ def test_init_is_abstract(key):
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        ivon_jax.mean,
+        ivon_jax.posterior,
+        ivon_jax.prior,
+        lambda p, s: ivon_jax.sample(jax.random.key(0), p, s),
+        lambda p, s: ivon_jax.value_and_grad(jnp.sum)(jax.random.key(0), p, s),
+    ],
+    ids=["mean", "posterior", "prior", "sample", "value_and_grad"],
+)
+def test_parameters_and_state_in_each_others_place_are_named(call):
+    tx = optax.chain(optax.clip(1.0), ivon_jax.ivon(0.1, ess=10))
+    params = jnp.ones(2)
+    message = "`params` must be the parameters, got an optimizer state with the IVONS"
+    with pytest.raises(ValueError, match=message):
+        call(tx.init(params), params)
+    call(params, tx.init(params))
+
+
+@pytest.mark.parametrize(
     "find", [ivon_jax.posterior, lambda p, s: ivon_jax.sample(0, p, s)]
 )
 def test_no_ivon_in_the_state_says_what_to_pass(find):

@@ -77,6 +77,7 @@ from .states import (
     one_owner as one_owner,
     one_state as one_state,
     own_state as own_state,
+    params_before_state as params_before_state,
     params_of_sampled as params_of_sampled,
     same_kind_of_prior as same_kind_of_prior,
     some_state as some_state,

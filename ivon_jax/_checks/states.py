@@ -148,6 +148,16 @@ def one_state(state):
         )
 
 
+def params_before_state(states_in_params):
+    """Reject parameters and state in each other's place."""
+    if states_in_params:
+        raise ValueError(
+            "`params` must be the parameters, got an optimizer state with the "
+            f"{type(states_in_params[0]).__name__} of IVON in it. The order is "
+            "`params, opt_state`."
+        )
+
+
 def some_state(states, opt_state):
     """Reject an optimizer state without IVON."""
     if states:
