@@ -137,6 +137,45 @@ def of_examples(q, x, y, chunk_size=4):
 HEAD = ivon_jax.Posterior(normal(6, 4), 1 + normal(6, 4) ** 2)
 
 
+def of_functions(q, x, keys):
+    """What takes a function that closes over data, with logits sharded by class."""
+    prior = ivon_jax.Posterior(jnp.zeros_like(q.mean), q.precision)
+
+    def probs(theta):
+        return jax.nn.softmax(linear(theta, x))
+
+    def loss(theta):
+        return -jnp.mean(jax.nn.log_softmax(linear(theta, x)))
+
+    return {
+        "predict": ivon_jax.predict(probs, q, keys[0], 3),
+        "uncertainty": ivon_jax.uncertainty(probs, q, keys[1], 3),
+        "linearized": predictive.linearized(linear, q, x, chunk_size=16),
+        "bound": ivon_jax.evidence_lower_bound(
+            loss, q, prior, keys[2], ess=64, num_samples=3
+        ),
+    }
+
+
+@double_precision
+def function_differences():
+    """From one device, of sharded parameters and data, with jit and without."""
+    q, x = widen((HEAD, X))
+    keys = jax.random.split(jax.random.key(0), 3)
+    alone = jax.jit(of_functions)(q, x, keys)
+    found = {}
+    for kind in KINDS:
+        mesh = make_mesh(KINDS[kind], 4, 2)
+        with jax.set_mesh(mesh):
+            gaussian = ivon_jax.Posterior(*place(mesh, tuple(q), P(None, "model")))
+            args = gaussian, place(mesh, x, P("data")), keys
+            runs = {"eager": of_functions(*args), "jit": jax.jit(of_functions)(*args)}
+        for name, run in runs.items():
+            for use, value in alone.items():
+                found[f"{kind}, {name}, {use}"] = difference(run[use], value)
+    return found
+
+
 @double_precision
 def mapped_differences():
     """Of a shard_map over the first axis, with its check of what varies."""
@@ -213,6 +252,7 @@ if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     facts = [differences, sent, mapped_differences, metric_differences]
+    facts.append(function_differences)
     # On an explicit mesh older versions cannot map over sharded examples.
     if jax.__version_info__ >= (0, 10):
         facts += [explicit_differences, eager_differences]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ivon_jax
-from ivon_jax import _compiled, diagnostics, pruning
+from ivon_jax import _compiled, diagnostics, merging, pruning
 
 Q = ivon_jax.Posterior(jnp.linspace(-1.0, 1.0, 5), jnp.full(5, 4.0))
 X = jnp.linspace(0.0, 1.0, 5)
@@ -127,6 +127,39 @@ def test_every_use_of_a_function_compiles_once(use):
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5), result, expected
     )
+
+
+KEYED = {
+    "predict": lambda key: ivon_jax.predict(jitted, Q, key, 2),
+    "Mixture": lambda key: ivon_jax.predict(jitted, ivon_jax.Mixture([Q, Q]), key, 2),
+    "uncertainty": lambda key: ivon_jax.uncertainty(jax.nn.softmax, Q, key, 2),
+    "evidence_lower_bound": lambda key: ivon_jax.evidence_lower_bound(
+        jnp.sum, Q, Q, key, ess=10, num_samples=2
+    ),
+    "measure": lambda key: diagnostics.measure(
+        Q.mean, STATE, loss_fn=jnp.sum, key=key, num_samples=2
+    ),
+    "diagonal_fisher": lambda key: merging.diagonal_fisher(
+        classify, Q.mean, key, jnp.ones((3, 2)), num_samples=2
+    ),
+}
+
+
+@pytest.mark.parametrize("use", KEYED.values(), ids=KEYED)
+def test_no_key_is_used_twice(use):
+    """By jax's own checker, without jit and under it."""
+    with jax.debug_key_reuse(True):
+        use(jax.random.key(1))
+        jax.jit(use).trace(jax.random.key(1))
+
+
+def test_a_key_that_the_caller_uses_twice_is_an_error():
+    """So the checker above sees through what is compiled."""
+    key = jax.random.key(1)
+    with jax.debug_key_reuse(True):
+        KEYED["predict"](key)
+        with pytest.raises(jax.errors.KeyReuseError):
+            KEYED["predict"](key)
 
 
 def test_other_programs_are_compiled():

@@ -380,6 +380,13 @@ def test_sharded_examples_of_explicit_meshes_need_no_jit():
     assert max(differences.values()) < ROUNDING
 
 
+def test_functions_of_sharded_parameters_and_data_need_no_jit():
+    """Predictions, uncertainties and the bound; it is the same under it."""
+    differences = facts_of("function_differences")
+    assert len(differences) == 2 * 2 * 4
+    assert max(differences.values()) < ROUNDING
+
+
 def test_metrics_take_arrays_of_any_mesh():
     """Sharded by example, by token and by class."""
     differences = facts_of("metric_differences")
