@@ -319,13 +319,16 @@ def _cut(name, count, batch):
     single examples. Random keys go to every slice, folded with its index.
     """
     length = _checks.batch_size(name, count, batch)
-    count = count or length
+    one_by_one, count = count is not None, count or length
     leaves, structure = jax.tree.flatten(batch)
     shapes = [getattr(x, "shape", ()) for x in leaves]
     arrays = {i: x for i, x in enumerate(leaves) if shapes[i][:1] == (length,)}
 
     def strided(x):
-        return x.reshape(length // count, count, *x.shape[1:]).swapaxes(0, 1)
+        rows = length // count
+        if one_by_one:
+            x = _sharding.divisible(x, rows)
+        return x.reshape(rows, count, *x.shape[1:]).swapaxes(0, 1)
 
     def join(one_slice):
         index, cut = one_slice

@@ -43,9 +43,17 @@ def set_mesh_of(tree):
     return contextlib.nullcontext()
 
 
-def parts(x):
+def divisible(x, rows):
+    """`x`, whole where the devices of its first axis can't share this many rows."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty or not rows % parts(x, sharding):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P()))
+
+
+def parts(x, sharding=None):
     """How many parts the type of `x` cuts its first axis into."""
-    sharding = in_type(x)
+    sharding = sharding or in_type(x)
     axes = sharding.spec[:1] if sharding is not None else ()
     names = [n for axis in axes for n in (axis if isinstance(axis, tuple) else (axis,))]
     return math.prod(sharding.mesh.shape[n] for n in names if n is not None)

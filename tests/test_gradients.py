@@ -710,3 +710,21 @@ def test_no_ivon_in_the_state_is_an_error(key):
     grad_fn = ivon_jax.value_and_grad(loss_fn)
     with pytest.raises(ValueError, match="`opt_state` must contain the state of"):
         grad_fn(key, PARAMS, optax.sgd(0.1).init(PARAMS), BATCH)
+
+
+@pytest.mark.parametrize("microbatches", [2, 8])
+def test_slices_that_the_devices_of_an_explicit_mesh_cannot_share(microbatches):
+    """Four rows, or one, on eight devices; abstract devices will do for types."""
+    kinds = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.sharding.AbstractMesh((8,), ("data",), axis_types=kinds)
+    spec = jax.sharding.PartitionSpec("data")
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    x = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding)
+    tx, params = ivon_jax.ivon(0.1, ess=10), jnp.ones(4)
+    opt_state, key = tx.init(params), jax.random.key(0)
+    grad_fn = ivon_jax.value_and_grad(
+        lambda theta, x: jnp.mean((x @ theta) ** 2), microbatches=microbatches
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        _, estimate = jax.eval_shape(lambda x: grad_fn(key, params, opt_state, x), x)
+    assert estimate.grad.shape == params.shape
