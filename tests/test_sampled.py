@@ -186,8 +186,15 @@ def test_a_trainers_loop_is_the_plain_loop_in_double_precision(pair):
     assert_is_the_plain_loop(pair, "float64")
 
 
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    if request.param == "float64":
+        request.getfixturevalue("x64")
+    return request.param
+
+
 @functools.cache
-def partitioned_run():
+def partitioned_run(dtype):
     """Several `sampled` groups beside SGD, each with a key of its own; one masked."""
     keys = dict(zip(PARAMS, jax.random.split(KEY, 3), strict=True))
     groups = {
@@ -196,23 +203,23 @@ def partitioned_run():
         "scale": optax.sgd(0.1),
     }
     tx = optax.partition(groups, {name: name for name in groups})
-    return keys, trained(tx, cast(PARAMS, "float32"))
+    return keys, trained(tx, cast(PARAMS, dtype))
 
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(("name", "ess"), [("w", 50.0), ("b", 500.0)])
-def test_a_sampled_group_of_a_partition_trains_as_alone(name, ess):
-    keys, (carry, means) = partitioned_run()
-    alone = jnp.asarray(PARAMS[name], jnp.float32)
+def test_a_sampled_group_of_a_partition_trains_as_alone(name, ess, dtype):
+    keys, (carry, means) = partitioned_run(dtype)
+    alone = jnp.asarray(PARAMS[name], dtype)
     expected, plain_means = plainly_trained(ivon(ess=ess), alone, keys[name])
-    assert_close(means[name], plain_means, "float32")
+    assert_close(means[name], plain_means, dtype)
     precision = ivon_jax.posterior(*carry).precision[name]
-    assert_close(precision, ivon_jax.posterior(*expected).precision, "float32")
+    assert_close(precision, ivon_jax.posterior(*expected).precision, dtype)
 
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_what_no_sampled_group_owns_is_the_trainers_own():
-    _, (carry, _) = partitioned_run()
+    _, (carry, _) = partitioned_run("float32")
     q = ivon_jax.posterior(*carry)
     assert q.precision["scale"] is None
     np.testing.assert_array_equal(q.mean["scale"], carry[0]["scale"])
@@ -220,10 +227,10 @@ def test_what_no_sampled_group_owns_is_the_trainers_own():
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_a_masked_sampled_is_that_of_its_part():
+def test_a_masked_sampled_is_that_of_its_part(dtype):
     part = {name: PARAMS[name] for name in ("w", "b")}
-    _, means = trained(optax.masked(sampled(ivon()), MASK), cast(PARAMS, "float32"))
-    _, expected = trained(sampled(ivon()), cast(part, "float32"))
+    _, means = trained(optax.masked(sampled(ivon()), MASK), cast(PARAMS, dtype))
+    _, expected = trained(sampled(ivon()), cast(part, dtype))
     chex.assert_trees_all_equal({name: means[name] for name in part}, expected)
 
 
