@@ -65,8 +65,9 @@ def value_and_grad(
       microbatches: cut every array in `args` along its first axis into this many
         slices, one after the other, each with fresh noise: memory for one slice. Slice
         j has the rows ``j::microbatches``, so a batch that is sharded over devices
-        stays so. Scalars go to every slice as they are. Class weights and whatever else
-        is no batch are no arguments: let `loss_fn` close over them.
+        stays so; on an explicit mesh whose devices can't share a slice's rows evenly,
+        each has the whole batch. Scalars go to every slice as they are. Class weights
+        and whatever else is no batch are no arguments: let `loss_fn` close over them.
       grad_transform: a stateless optax transformation, such as
         ``optax.clip_by_global_norm(1.0)``, of every sampled gradient before the product
         with its noise, as in the paper's GPT-2 runs.
