@@ -307,7 +307,7 @@ def _prepared(probs, labels, where):
     num_classes = probs.shape[-1]
     probs = probs.astype(np.promote_types(probs.dtype, np.float32))
     if where is not None:
-        probs = jnp.where(where[..., None], probs, 1 / num_classes)
+        probs = jnp.where(where[..., None], probs, 1)
         labels = jnp.where(where, labels, 0)
     classes = jnp.arange(num_classes, dtype=labels.dtype)
     offsets = jnp.expand_dims(classes, range(labels.ndim)) - labels[..., None]

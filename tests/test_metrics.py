@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 from hypothesis import strategies as st
+from jax.experimental import checkify
 
 from ivon_jax import metrics
 
@@ -167,6 +168,19 @@ def test_what_is_masked_changes_neither_value_nor_gradient(metric, padding, shap
         np.testing.assert_allclose(result, expected, rtol=1e-6)
         np.testing.assert_allclose(grads[where], gradient, rtol=1e-5, atol=1e-7)
         np.testing.assert_array_equal(grads[~where], 0)
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_what_is_masked_is_no_error_to_checkify(metric):
+    """No NaN and no division by zero on the way, whatever the padding is."""
+    probs, labels = predictions(0, (3,))
+    where = np.array([True, True, False])
+    padded = np.where(where[:, None], probs, np.nan)
+    labels = jnp.asarray(np.where(where, labels, -100))
+    gradient = jax.value_and_grad(lambda probs: metric(probs, labels, where=where))
+    checked = checkify.checkify(gradient, errors=checkify.float_checks)
+    error, _ = jax.jit(checked)(padded)
+    error.throw()
 
 
 def test_a_mask_broadcasts_to_the_labels():
@@ -471,6 +485,23 @@ def test_double_precision_scores_stay_so():
     result = metrics.out_of_distribution(in_scores, out_scores)
     assert result["auroc"].dtype == jnp.float64
     assert result["auroc"] == 0.75
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtypes", [(np.float32, float), (float, np.float32)])
+def test_scores_of_two_precisions_are_compared_in_the_wider(dtypes):
+    """In float32 they would be tied."""
+    in_scores, out_scores = (np.ones(1, dtype) for dtype in dtypes)
+    if out_scores.dtype == np.float64:
+        out_scores -= 1e-10
+    else:
+        in_scores += 1e-10
+    assert metrics.out_of_distribution(in_scores, out_scores)["auroc"] == 1
+
+
+def test_scores_may_be_numbers():
+    """One in-domain example and one other."""
+    assert metrics.out_of_distribution(0.9, 0.5)["auroc"] == 1
 
 
 SCORES = np.linspace(0, 1, 5, dtype=np.float32)
