@@ -93,6 +93,19 @@ def test_natural_parameters_keep_integers(dtype):
     np.testing.assert_array_equal(back.mean["n"], value)
 
 
+@pytest.mark.parametrize("value", [1.5, 3])
+def test_a_point_mass_may_be_a_number(value):
+    """And so may be the sum of two."""
+    q = ivon_jax.Posterior({"n": value}, {"n": None})
+    two = {"n": ivon_jax.PointMass(jnp.array(2.0))}
+    for natural in (
+        q.natural_parameters,
+        ivon_jax.NaturalParameters({"n": 2 * value}, two),
+    ):
+        back = ivon_jax.Posterior.from_natural_parameters(natural)
+        np.testing.assert_array_equal(back.mean["n"], value)
+
+
 def test_a_point_mass_that_was_taken_out_is_an_error():
     natural = gaussian(precision={"w": None, "b": None}).natural_parameters
     none = jax.tree.map(jnp.subtract, natural, natural)

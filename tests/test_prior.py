@@ -166,6 +166,18 @@ def test_a_prior_over_all_parameters_fits_where_some_are_masked(wrap):
     assert found.precision["b"] is None
 
 
+def test_a_prior_over_all_parameters_fits_where_whole_trees_are_masked():
+    """As by `optax.masked` with one boolean for a layer."""
+    params = {"body": {"w": jnp.ones(3), "b": jnp.ones(3)}, "head": jnp.ones(2)}
+    prior = ivon_jax.Posterior.isotropic(params, 2.0)
+    tx = ivon_jax.ivon(0.1, ess=10, prior=prior)
+    tx = optax.masked(tx, {"body": False, "head": True})
+    found = ivon_jax.prior(params, tx.init(params))
+    np.testing.assert_array_equal(found.mean["head"], 1.0)
+    np.testing.assert_array_equal(found.precision["head"], 2.0)
+    assert found.precision["body"] == {"w": None, "b": None}
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_tempering_by_inject_hyperparams_leaves_the_prior_alone():
     """At another ess the likelihood counts more, the prior as before."""
