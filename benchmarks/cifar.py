@@ -4,7 +4,7 @@
     python benchmarks/cifar.py --depth 2 --width 2 --epochs 1 --pilot_epochs 1 \
         --num_samples 2 --batch_size 90 --systems IVON           # a look, on noise
 
-The network, the augmentation and the settings are examples/nnx_cifar.py's, the paper's,
+The network, the augmentation and the settings are resnet20.py's, the paper's,
 with batches of 200 instead of 50 and fewer epochs. Warm-up is the same share of the
 run, and 1 - b2 is 2 over the number of steps, so that as much of h_0 is left at the end
 as in the paper. All train on nine tenths of the training images. Each system first does
@@ -27,7 +27,6 @@ import concurrent.futures
 import dataclasses
 import json
 import pathlib
-import sys
 import threading
 import time
 
@@ -36,15 +35,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import report
+import resnet20
 from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import ivon_jax
 from ivon_jax import metrics
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
-import nnx_cifar
 
 PAPER = {"AdamW": 0.002, "SGD": 0.1, "IVON": 0.2, "frozen": 0.2}  # rates, batches of 50
 PUBLISHED = {  # accuracy and NLL after 200 epochs (Table 2)
@@ -63,7 +60,7 @@ DIGITS = 2, 4, 4, 4
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    data: str = "synthetic"  # an npz file as examples/nnx_cifar.py reads it
+    data: str = "synthetic"  # an npz file as benchmarks/resnet20.py reads it
     systems: str = "AdamW,SGD,IVON,frozen"
     epochs: report.Count = 40  # at most
     pilot_epochs: report.Count = 8
@@ -129,7 +126,7 @@ class Study:
 
         def one(key):
             config = self.config
-            model = nnx_cifar.ResNet(config.depth, config.width, 10, nnx.Rngs(key))
+            model = resnet20.ResNet(config.depth, config.width, 10, nnx.Rngs(key))
             params = nnx.state(model)
             tx = create_optimizer(self.system, lambda _: 0.0, 0.5, num_train, config)
             return params, tx.init(params)
@@ -154,7 +151,7 @@ class Study:
             def step(state, xs):
                 indices, key = xs
                 augment_key, noise_key = jax.random.split(key)
-                batch = nnx_cifar.augment(augment_key, images[indices]), labels[indices]
+                batch = resnet20.augment(augment_key, images[indices]), labels[indices]
                 return self._step(tx, state, batch, noise_key)
 
             keys = jax.random.split(step_key, len(order))
@@ -176,7 +173,7 @@ class Study:
         return (optax.apply_updates(params, updates), opt_state), loss
 
     def _loss(self, params, images, labels):
-        return nnx_cifar.loss_fn(nnx.merge(self.graphdef, params), images, labels)
+        return resnet20.loss_fn(nnx.merge(self.graphdef, params), images, labels)
 
     def _probs(self, params, images):
         model = nnx.merge(self.graphdef, params)
@@ -277,9 +274,9 @@ def tabulate(probs, labels):
 def load(config):
     """Return training and test images with labels, on the device."""
     if config.data == "synthetic":
-        splits = nnx_cifar.synthetic(200), nnx_cifar.synthetic(40)
+        splits = resnet20.synthetic(200), resnet20.synthetic(40)
     else:
-        splits = nnx_cifar.read_npz(config.data)
+        splits = resnet20.read_npz(config.data)
     order = np.random.default_rng(0).permutation(len(splits[0][1]))
     train_data = [np.asarray(x)[order] for x in splits[0]]
     return [
@@ -294,7 +291,7 @@ def run(config, result, save):
     cut = len(train_data[1]) // 10 * 9
     data = tuple(x[:cut] for x in train_data)
     validation = tuple(x[cut:] for x in train_data)
-    model = nnx_cifar.ResNet(config.depth, config.width, 10, nnx.Rngs(0))
+    model = resnet20.ResNet(config.depth, config.width, 10, nnx.Rngs(0))
     studies = [Study(s, nnx.graphdef(model), config) for s in config.systems.split(",")]
     systems = result["systems"] = {study.system: {} for study in studies}
 

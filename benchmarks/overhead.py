@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import report
+import resnet20
 from flax import nnx
 from tqdm import tqdm
 
@@ -36,7 +37,6 @@ import ivon_jax
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
 import gpt2
-import nnx_cifar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +119,8 @@ def gpt2_problem(size, batch_size, config):
 
 
 def resnet_problem(config):
-    """ResNet-20 with filter response normalisation of examples/nnx_cifar.py."""
-    model = nnx_cifar.ResNet(20, 16, 10, nnx.Rngs(jax.random.key(0)))
+    """ResNet-20 with filter response normalisation of benchmarks/resnet20.py."""
+    model = resnet20.ResNet(20, 16, 10, nnx.Rngs(jax.random.key(0)))
     shape = config.resnet_batch_size, 32, 32, 3
     images = jax.random.bits(jax.random.key(1), shape, jnp.uint8)
     return classifier("resnet20", model, images)
@@ -142,7 +142,7 @@ def classifier(name, model, images):
     labels = jax.random.randint(jax.random.key(2), images.shape[:1], 0, 10)
 
     def loss_fn(params, images, labels):
-        return nnx_cifar.loss_fn(nnx.merge(graphdef, params), images, labels)
+        return resnet20.loss_fn(nnx.merge(graphdef, params), images, labels)
 
     return Problem(name, params, loss_fn, (images, labels))
 

@@ -4,15 +4,12 @@ import os
 import pathlib
 import platform
 import subprocess
-import sys
 
 import jax
 import numpy as np
+from common import flags
+from common.flags import Count, Picture, Positive  # noqa: F401
 from scipy.stats import sem
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
-from running import flags
-from running.flags import Count, Picture, Positive  # noqa: F401
 
 
 def parse_args(config_type, doc, **full):

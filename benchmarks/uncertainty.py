@@ -21,8 +21,6 @@ of training, from the trials: as many runs, side by side, for all.
 
 import dataclasses
 import itertools
-import pathlib
-import sys
 from typing import NamedTuple
 
 import baselines
@@ -31,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import report
+import resnet20
 from flax import nnx
 from jax.scipy.special import entr
 from matplotlib.figure import Figure
@@ -38,9 +37,6 @@ from scipy.stats import sem
 from sklearn.datasets import load_digits, load_sample_images
 
 from ivon_jax import metrics
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
-import nnx_cifar
 
 RATES = {"learning_rate": (0.03, 0.6)}  # of SGD
 PRIOR = {"prior_precision": (0.1, 30.0)}
@@ -98,7 +94,7 @@ class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
     mnist: str = ""  # .npz with `images` and `labels`
-    cifar: str = ""  # .npz as examples/nnx_cifar.py reads it
+    cifar: str = ""  # .npz as benchmarks/resnet20.py reads it
     full: int = 0  # 1: the paper's network and length for CIFAR-10
     epochs: int = 0  # 0: what the data set below has
     systems: str = ",".join(SYSTEMS)
@@ -145,7 +141,7 @@ def mnist_task(config):
 
 def cifar_task(config):
     """Take CIFAR-10 and the paper's ResNet-20, or less of both."""
-    pairs = nnx_cifar.read_npz(config.cifar)
+    pairs = resnet20.read_npz(config.cifar)
     rng = np.random.default_rng(0)  # the file may be sorted by class
     orders = [rng.permutation(len(labels)) for _, labels in pairs]
     if config.full:
@@ -160,15 +156,15 @@ def cifar_task(config):
         (images[order[:n]], labels[order[:n]])
         for (images, labels), order, n in zip(pairs, orders, sizes, strict=True)
     )
-    length |= dict(batch_size=50, augment=nnx_cifar.augment)
+    length |= dict(batch_size=50, augment=resnet20.augment)
     return Task(train, test, 32, resnet(depth, width), length, tuning_seeds=1)
 
 
 def resnet(depth, width):
-    """Return ``init`` and ``features`` of nnx_cifar's network; dropout after blocks."""
+    """Return ``init`` and ``features`` of resnet20's network; dropout after blocks."""
 
     def create(key):
-        model = nnx_cifar.ResNet(depth, width, 10, rngs=nnx.Rngs(params=key))
+        model = resnet20.ResNet(depth, width, 10, rngs=nnx.Rngs(params=key))
         return nnx.split(model, nnx.PathContains("head"), ...)
 
     graphdef, unused_head, _ = create(jax.random.key(0))
@@ -180,7 +176,7 @@ def resnet(depth, width):
 
     def features(params, images, drop):
         model = nnx.merge(graphdef, unused_head, params[0])
-        x = model.stem(nnx_cifar.normalize(images))
+        x = model.stem(resnet20.normalize(images))
         for block in model.blocks.layers:
             x = drop(block(x))
         return x.mean(axis=(1, 2))

@@ -29,6 +29,8 @@ import collections
 import dataclasses
 import functools
 import itertools
+import pathlib
+import sys
 import time
 
 import jax
@@ -37,14 +39,16 @@ import numpy as np
 import optax
 from flax import nnx
 from matplotlib.figure import Figure
-from running import flags
-from running.flags import Count, Fraction, Picture, Positive
 from sklearn.calibration import calibration_curve
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import ivon_jax
 from ivon_jax import metrics
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+from common import flags
+from common.flags import Count, Fraction, Picture, Positive
 
 
 @dataclasses.dataclass(frozen=True)

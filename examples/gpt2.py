@@ -51,11 +51,13 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from matplotlib.figure import Figure
-from running import checkpoints, flags
-from running.flags import Count, Fraction, Picture, Positive, Seed, Switch, Text
 from tqdm import tqdm
 
 import ivon_jax
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+from common import checkpoints, flags
+from common.flags import Count, Fraction, Picture, Positive, Seed, Switch, Text
 
 
 @dataclasses.dataclass(frozen=True)

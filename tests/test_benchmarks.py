@@ -55,6 +55,7 @@ def test_the_readme_runs_every_benchmark(run):
     scripts = {ROOT / shlex.split(command)[1] for command in commands}
     shared = {"run.py", "report.py", "baselines.py"}
     found = {p for p in (ROOT / "benchmarks").glob("*.py") if p.name not in shared}
+    found = {p for p in found if "Toy size: `" not in p.read_text()}
     assert scripts == found
 
 
@@ -63,7 +64,6 @@ def test_every_script_takes_the_flags_of_its_command(command, monkeypatch):
     script, *flags = shlex.split(command)[1:]
     if "ground_truth" in script:
         pytest.importorskip("blackjax")  # of the extra for benchmarks alone
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module = importlib.import_module(pathlib.Path(script).stem)
     monkeypatch.setattr("sys.argv", [script, *flags])
     config = module.report.parse_args(module.Config, module.__doc__)
@@ -76,7 +76,6 @@ def test_numbers_that_no_run_can_mean_are_refused(command, monkeypatch, capsys):
     script = shlex.split(command)[1]
     if "ground_truth" in script:
         pytest.importorskip("blackjax")
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module = importlib.import_module(pathlib.Path(script).stem)
     for field in dataclasses.fields(module.Config):
         if field.type is str:
@@ -126,9 +125,8 @@ def test_a_command_without_its_data_is_left_out(run, monkeypatch, capsys):
     assert run.README.read_text() == SECTION
 
 
-def test_a_diverged_trial_is_never_the_best(monkeypatch):
+def test_a_diverged_trial_is_never_the_best():
     """To NumPy, NaN is the least of all losses."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     report = importlib.import_module("report")
     losses = [math.nan, 0.5, 0.25, math.inf]
     assert report.best(losses) == 2

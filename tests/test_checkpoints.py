@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from running import checkpoints
+from common import checkpoints
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -220,7 +220,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused_at_the_start(inside, tmp_p
 PROGRAM = """
 import pathlib, resource, shutil, signal, sys, time
 import jax, jax.numpy as jnp
-from running import checkpoints
+from common import checkpoints
 
 def main(folder, failure):
     state = {"w": jax.random.normal(jax.random.key(0), (300, 1000))}

@@ -17,16 +17,16 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # Few and small steps, but more epochs than pass between two looks at the folder.
 EXAMPLES = {
-    "linen_mnist": "--optimizer ivon --dataset digits --epochs 12 --batch_size 20 "
+    "mnist": "--optimizer ivon --dataset digits --epochs 12 --batch_size 20 "
     "--width 4 --curve_samples 4 --num_samples 4",
-    "nnx_cifar": "--data synthetic --depth 2 --width 4 --epochs 12 --warmup_epochs 1 "
+    "resnet20": "--data synthetic --depth 2 --width 4 --epochs 12 --warmup_epochs 1 "
     "--num_samples 2",
 }
 
 
 def command(name, folder, *flags):
     """The example at toy size, with its checkpoints in `folder`."""
-    script = ROOT / "examples" / f"{name}.py"
+    script = ROOT / "benchmarks" / f"{name}.py"
     toy = [*shlex.split(EXAMPLES[name]), "--checkpoint_dir", folder / "checkpoints"]
     return [sys.executable, "-W", "error", script, *toy, *flags]
 
@@ -130,7 +130,7 @@ def test_checkpoint_of_another_configuration_is_an_error(finished):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("finished", ["linen_mnist"], indirect=True)
+@pytest.mark.parametrize("finished", ["mnist"], indirect=True)
 def test_fresh_starts_again(finished, tmp_path):
     name, folder, _ = finished
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")

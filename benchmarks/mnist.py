@@ -1,8 +1,8 @@
 """MNIST with Flax linen: AdamW beside IVON, in a training loop that survives a kill.
 
-    python examples/linen_mnist.py                            # downloads MNIST, once
-    python examples/linen_mnist.py --dataset fashion_mnist    # or Fashion-MNIST
-    python examples/linen_mnist.py --data mnist10k.npz        # or reads a file of yours
+    python benchmarks/mnist.py                            # downloads MNIST, once
+    python benchmarks/mnist.py --dataset fashion_mnist    # or Fashion-MNIST
+    python benchmarks/mnist.py --data mnist10k.npz        # or reads a file of yours
 
 A file has `images`, uint8 (N, 28, 28), and `labels`, and its last fifth is the test
 set. `--dataset digits` needs neither network nor file: scikit-learn's 1,797 digits of
@@ -19,7 +19,7 @@ IVON@mean predicts with the posterior's mean, IVON with 64 samples of it. On a t
 easy the two optimizers are level: of 2,000 images they miss 19 and 18. Each was tuned
 by NLL on a fifth of the training set, with 36 trials of learning rate, weight decay
 and, for IVON, hess_init, and with two more seeds for the best five. (hess_init=3 was as
-good, but is above the paper's range.) linen_mnist.png shows the training loss and the
+good, but is above the paper's range.) mnist.png shows the training loss and the
 test NLL of every epoch.
 
 Stop it when you like, also by force: the same command continues from the checkpoint of
@@ -39,11 +39,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import checkpoints, data_files, flags
+from common.flags import Count, Fraction, Picture, Positive, Seed, Text
 from flax import linen as nn
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from running import checkpoints, data_files, flags
-from running.flags import Count, Fraction, Picture, Positive, Seed, Text
 from sklearn.datasets import fetch_openml, load_digits
 from tqdm import tqdm
 
@@ -78,8 +78,8 @@ class Config:
     seed: Seed = 0
     curve_samples: Count = 8  # from the posterior, for the test NLL after each epoch
     num_samples: Count = 64  # from the posterior, for the table
-    checkpoint_dir: Text = "checkpoints/linen_mnist"
-    plot: Picture = "linen_mnist.png"
+    checkpoint_dir: Text = "checkpoints/mnist"
+    plot: Picture = "mnist.png"
 
 
 class Network(nn.Module):

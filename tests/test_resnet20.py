@@ -1,4 +1,4 @@
-"""The CIFAR example: the paper's network, its data, and steps that scan and resume."""
+"""ResNet-20 on CIFAR: the paper's network, its data, and steps that scan and resume."""
 
 import functools
 import io
@@ -7,13 +7,13 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
-import nnx_cifar
 import numpy as np
 import optax
 import pytest
+import resnet20
+from common import checkpoints
 from flax import nnx
 from PIL import Image
-from running import checkpoints
 
 import ivon_jax
 
@@ -22,10 +22,8 @@ pytestmark = pytest.mark.usefixtures("standard_promotion", "implicit_ranks")
 
 @pytest.mark.parametrize(("num_classes", "expected"), [(10, 274_042), (100, 279_892)])
 def test_resnet20_has_the_papers_number_of_parameters(num_classes, expected):
-    config = nnx_cifar.Config()
-    create = functools.partial(
-        nnx_cifar.ResNet, config.depth, config.width, num_classes
-    )
+    config = resnet20.Config()
+    create = functools.partial(resnet20.ResNet, config.depth, config.width, num_classes)
     model = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
     assert sum(leaf.size for leaf in leaves) == expected
@@ -33,7 +31,7 @@ def test_resnet20_has_the_papers_number_of_parameters(num_classes, expected):
 
 def test_resnet_maps_images_to_logits():
     def logits(images):
-        return nnx_cifar.ResNet(20, 16, 100, nnx.Rngs(0))(images)
+        return resnet20.ResNet(20, 16, 100, nnx.Rngs(0))(images)
 
     result = jax.eval_shape(logits, jax.ShapeDtypeStruct((3, 32, 32, 3), jnp.uint8))
     assert (result.shape, result.dtype) == ((3, 100), jnp.float32)
@@ -41,7 +39,7 @@ def test_resnet_maps_images_to_logits():
 
 def test_filter_response_norm_is_its_formula(key):
     """max(gamma x / sqrt(nu^2 + eps) + beta, tau), nu^2 the mean of x^2 over H, W."""
-    norm = nnx_cifar.FilterResponseNorm(3)
+    norm = resnet20.FilterResponseNorm(3)
     keys = jax.random.split(key, 4)
     norm.scale[...], norm.bias[...], norm.threshold[...] = (
         jax.random.normal(k, (3,)) for k in keys[:3]
@@ -56,22 +54,22 @@ def test_filter_response_norm_is_its_formula(key):
 
 def test_filter_response_norm_takes_each_image_alone(key):
     """Unlike batch normalisation, which belongs to no one sample."""
-    norm, x = nnx_cifar.FilterResponseNorm(3), jax.random.normal(key, (2, 4, 6, 3))
+    norm, x = resnet20.FilterResponseNorm(3), jax.random.normal(key, (2, 4, 6, 3))
     alone = jnp.concatenate([norm(image[None]) for image in x])
     np.testing.assert_allclose(norm(x), alone, rtol=1e-6)
 
 
 def test_filter_response_norm_begins_as_a_rectifier_of_unit_power(key):
     x = jax.random.normal(key, (2, 8, 8, 3))
-    y = nnx_cifar.FilterResponseNorm(3)(x)
+    y = resnet20.FilterResponseNorm(3)(x)
     np.testing.assert_array_equal(y == 0, x <= 0)
-    power = jnp.mean((y - nnx_cifar.FilterResponseNorm(3)(-x)) ** 2, axis=(1, 2))
+    power = jnp.mean((y - resnet20.FilterResponseNorm(3)(-x)) ** 2, axis=(1, 2))
     np.testing.assert_allclose(power, 1, rtol=1e-4)
 
 
 def test_convolution_of_stride_two_pads_right_and_bottom(key):
     """XLA's and TensorFlow's SAME for an even size; PyTorch's padding=1 pads left."""
-    conv, _ = nnx_cifar.conv_norm(2, 3, size=3, stride=2, rngs=nnx.Rngs(key)).layers
+    conv, _ = resnet20.conv_norm(2, 3, size=3, stride=2, rngs=nnx.Rngs(key)).layers
     x = np.asarray(jax.random.normal(key, (1, 6, 6, 2)))
     padded = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
     kernel, bias = np.asarray(conv.kernel[...]), np.asarray(conv.bias[...])
@@ -83,21 +81,21 @@ def test_convolution_of_stride_two_pads_right_and_bottom(key):
 
 
 def test_shortcut_of_stride_two_takes_every_other_pixel(key):
-    conv, _ = nnx_cifar.Block(2, 4, stride=2, rngs=nnx.Rngs(key)).shortcut.layers
+    conv, _ = resnet20.Block(2, 4, stride=2, rngs=nnx.Rngs(key)).shortcut.layers
     x = jax.random.normal(key, (1, 6, 6, 2))
     expected = x[:, ::2, ::2] @ conv.kernel[0, 0] + conv.bias[...]
     np.testing.assert_allclose(conv(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_block_adds_its_input_and_has_no_activation_after(key):
-    block = nnx_cifar.Block(2, 2, stride=1, rngs=nnx.Rngs(key))
+    block = resnet20.Block(2, 2, stride=1, rngs=nnx.Rngs(key))
     x = jax.random.normal(key, (1, 4, 4, 2))
     np.testing.assert_array_equal(block(x), x + block.second(block.first(x)))
 
 
 def test_weights_and_biases_begin_uniform(key):
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): within, and by 1 - 0.9**16 up to the end."""
-    conv, _ = nnx_cifar.conv_norm(16, 16, 3, stride=1, rngs=nnx.Rngs(key)).layers
+    conv, _ = resnet20.conv_norm(16, 16, 3, stride=1, rngs=nnx.Rngs(key)).layers
     bound = (16 * 3 * 3) ** -0.5
     for values in (conv.kernel[...], conv.bias[...]):
         assert 0.7 * bound < jnp.max(jnp.abs(values)) <= bound
@@ -107,7 +105,7 @@ def test_augmented_image_is_a_crop_of_the_image_or_its_mirror(key):
     """Of all 2 x 9 x 9 crops from a margin of 4, one; over 64 images, many."""
     images_key, augment_key = jax.random.split(key)
     images = jax.random.bits(images_key, (64, 32, 32, 3), jnp.uint8)
-    augmented = jax.jit(nnx_cifar.augment)(augment_key, images)
+    augmented = jax.jit(resnet20.augment)(augment_key, images)
     assert (augmented.shape, augmented.dtype) == (images.shape, jnp.uint8)
     found = set()
     for image, result in zip(np.asarray(images), np.asarray(augmented), strict=True):
@@ -129,7 +127,7 @@ def test_augmented_image_is_a_crop_of_the_image_or_its_mirror(key):
 
 def test_images_are_normalized_with_imagenets_statistics():
     images = np.stack([np.zeros((32, 32, 3)), np.full((32, 32, 3), 255)])
-    black, white = nnx_cifar.normalize(images.astype(np.uint8))[:, 0, 0]
+    black, white = resnet20.normalize(images.astype(np.uint8))[:, 0, 0]
     mean, stddev = np.array([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)])
     np.testing.assert_allclose(black, -mean / stddev, rtol=1e-6)
     np.testing.assert_allclose(white, (1 - mean) / stddev, rtol=1e-6)
@@ -165,8 +163,8 @@ def test_file_round_trip(arrays, most, tmp_path):
     images, labels = ramps(7), np.arange(7, dtype=np.uint8)
     train = arrays("train", images[:5], labels[:5])
     np.savez(tmp_path / "data.npz", **train, **arrays("test", images[5:], labels[5:]))
-    config = nnx_cifar.Config(data=str(tmp_path / "data.npz"), num_train=4)
-    splits = [*nnx_cifar.load_data(config)]
+    config = resnet20.Config(data=str(tmp_path / "data.npz"), num_train=4)
+    splits = [*resnet20.load_data(config)]
     assert [len(split_labels) for _, split_labels in splits] == [4, 2]
     for loaded, loaded_labels in splits:
         assert (loaded.dtype, loaded_labels.dtype) == (jnp.uint8, jnp.int32)
@@ -190,17 +188,17 @@ def test_wrong_file_says_what_it_should_be(arrays, message, tmp_path):
         np.savez(path, **arrays)
     expected = rf"must be an npz file with `train_images`.*{message}"
     with pytest.raises(SystemExit, match=expected):
-        nnx_cifar.read_npz(str(path))
+        resnet20.read_npz(str(path))
 
 
 def test_failed_download_says_what_to_do(monkeypatch):
     def fetch_openml(**_):
         raise OSError("no route")
 
-    monkeypatch.setattr(nnx_cifar, "fetch_openml", fetch_openml)
+    monkeypatch.setattr(resnet20, "fetch_openml", fetch_openml)
     message = re.escape("`--dataset cifar100`: no route. Without a network, pass `--da")
     with pytest.raises(SystemExit, match=message):
-        nnx_cifar.download("cifar100")
+        resnet20.download("cifar100")
 
 
 class Pixel(nnx.Module):
@@ -210,30 +208,30 @@ class Pixel(nnx.Module):
         self.linear = nnx.Linear(3, 10, rngs=rngs)
 
     def __call__(self, images):
-        return self.linear(nnx_cifar.normalize(images).mean(axis=(1, 2)))
+        return self.linear(resnet20.normalize(images).mean(axis=(1, 2)))
 
 
 def tiny(config):
     model = Pixel(nnx.Rngs(0))
-    return model, nnx_cifar.create_optimizer(model, config, num_train=16)
+    return model, resnet20.create_optimizer(model, config, num_train=16)
 
 
-CONFIG = nnx_cifar.Config(epochs=4, warmup_epochs=1, batch_size=4)
+CONFIG = resnet20.Config(epochs=4, warmup_epochs=1, batch_size=4)
 KEY = jax.random.key(0)
 
 
 @pytest.mark.parametrize("optimizer", ["ivon", "adamw", "sgd"])
 def test_scan_of_steps_is_the_same_steps_one_by_one(optimizer):
-    config = nnx_cifar.dataclasses.replace(CONFIG, optimizer=optimizer)
-    step = nnx_cifar.ivon_step if optimizer == "ivon" else nnx_cifar.plain_step
-    data = nnx_cifar.synthetic(16)
+    config = resnet20.dataclasses.replace(CONFIG, optimizer=optimizer)
+    step = resnet20.ivon_step if optimizer == "ivon" else resnet20.plain_step
+    data = resnet20.synthetic(16)
     batches = jnp.arange(16).reshape(4, 4)
     states, losses = [], []
     for chunk in (4, 1):
         modules = tiny(config)
         chunks = batches.reshape(-1, chunk, 4)
         results = [
-            nnx_cifar.train_steps(*modules, data, rows, KEY, step) for rows in chunks
+            resnet20.train_steps(*modules, data, rows, KEY, step) for rows in chunks
         ]
         states.append(nnx.state(modules))
         losses.append(np.mean(results))
@@ -246,10 +244,10 @@ def test_ivon_step_takes_the_gradient_at_the_sample():
     """Algorithm 1 in plain optax, from the same state."""
     model, optimizer = tiny(CONFIG)
     graphdef, params = nnx.split(model, nnx.Param)
-    tx, batch = optimizer.tx, nnx_cifar.synthetic(4)
+    tx, batch = optimizer.tx, resnet20.synthetic(4)
 
     def loss_fn(theta):
-        return nnx_cifar.loss_fn(nnx.merge(graphdef, theta, copy=True), *batch)
+        return resnet20.loss_fn(nnx.merge(graphdef, theta, copy=True), *batch)
 
     @jax.jit
     def plain_optax(params, opt_state, key):
@@ -261,25 +259,25 @@ def test_ivon_step_takes_the_gradient_at_the_sample():
     opt_state = tx.init(params)
     for key in jax.random.split(KEY, 2):  # the first has a learning rate of zero
         params, opt_state = plain_optax(params, opt_state, key)
-        nnx.jit(nnx_cifar.ivon_step)(model, optimizer, *batch, key)
+        nnx.jit(resnet20.ivon_step)(model, optimizer, *batch, key)
     chex.assert_trees_all_close(nnx.state(model, nnx.Param), params, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("total", "expected"), [(1000, 50), (391, 23), (40, 40)])
 def test_scanned_steps_divide_an_epoch(total, expected, monkeypatch):
-    assert nnx_cifar.steps_per_call(total) == 1
+    assert resnet20.steps_per_call(total) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert nnx_cifar.steps_per_call(total) == expected
+    assert resnet20.steps_per_call(total) == expected
 
 
 def test_run_that_stopped_ends_as_one_that_did_not(tmp_path, monkeypatch):
     """The same parameters, optimizer state and log, bit for bit."""
-    data = nnx_cifar.synthetic(16)
+    data = resnet20.synthetic(16)
 
     def run(folder):
-        config = nnx_cifar.dataclasses.replace(CONFIG, checkpoint_dir=folder)
+        config = resnet20.dataclasses.replace(CONFIG, checkpoint_dir=folder)
         modules = tiny(config)
-        log = nnx_cifar.fit(KEY, *modules, data, data, config)
+        log = resnet20.fit(KEY, *modules, data, data, config)
         return nnx.state(modules), [{**epoch, "seconds": 0} for epoch in log]
 
     expected = run(str(tmp_path / "whole"))
@@ -301,10 +299,10 @@ def test_run_that_stopped_ends_as_one_that_did_not(tmp_path, monkeypatch):
 
 def test_checkpoint_of_another_configuration_is_refused(tmp_path):
     """It names what differs; another data set of the same shape differs too."""
-    config = nnx_cifar.dataclasses.replace(CONFIG, checkpoint_dir=str(tmp_path))
-    data = nnx_cifar.synthetic(16)
-    nnx_cifar.fit(KEY, *tiny(config), data, data, config)
-    other = nnx_cifar.dataclasses.replace(config, weight_decay=0.5)
+    config = resnet20.dataclasses.replace(CONFIG, checkpoint_dir=str(tmp_path))
+    data = resnet20.synthetic(16)
+    resnet20.fit(KEY, *tiny(config), data, data, config)
+    other = resnet20.dataclasses.replace(config, weight_decay=0.5)
     message = re.escape("`weight_decay` is 0.0002 there and 0.5 here, `data` is ")
     with pytest.raises(SystemExit, match=message):
-        nnx_cifar.fit(KEY, *tiny(other), (data[0], 9 - data[1]), data, other)
+        resnet20.fit(KEY, *tiny(other), (data[0], 9 - data[1]), data, other)

@@ -1,7 +1,7 @@
 """Which training examples does a network depend on? Finding wrong labels with IVON.
 
-    python examples/sensitivity.py                 # half a minute of CPU time
-    python examples/sensitivity.py --data mnist10k.npz --epochs 20     # the same
+    python benchmarks/wrong_labels.py                 # half a minute of CPU time
+    python benchmarks/wrong_labels.py --data mnist10k.npz --epochs 20     # the same
 
 A small network learns digits, 5 % of them with a wrong label. At the end, each training
 example's sensitivity is one product with IVON's variances, no second training (paper,
@@ -33,9 +33,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import data_files, flags
+from common.flags import Count, Fraction, Picture, Positive, Seed
 from matplotlib.figure import Figure
-from running import data_files, flags
-from running.flags import Count, Fraction, Picture, Positive, Seed
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 

@@ -1,6 +1,6 @@
 """Merge five fine-tuned networks into one by IVON's Hessian, which costs nothing.
 
-    python examples/merging.py            # 45 s of CPU time
+    python benchmarks/merged_networks.py            # 45 s of CPU time
 
 One network learns plain digits, then copies of it are fine-tuned on digits that are
 turned, shifted, blurred and inverted, and merged (paper, section 4.3.2 and Table 5).
@@ -32,9 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import flags
+from common.flags import Count, Picture, Positive
 from matplotlib.figure import Figure
-from running import flags
-from running.flags import Count, Picture, Positive
 from scipy import ndimage
 from sklearn.datasets import load_digits
 from tqdm import tqdm

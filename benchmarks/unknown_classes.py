@@ -1,7 +1,7 @@
 r"""Digits of classes that it never saw: does the network notice? IVON beside AdamW.
 
-    python examples/ood.py                                # 45 s of CPU time
-    python examples/ood.py --data mnist.npz --epochs 40 \
+    python benchmarks/unknown_classes.py                          # 45 s of CPU time
+    python benchmarks/unknown_classes.py --data mnist.npz --epochs 40 \
         --adamw_learning_rate 1e-2 --adamw_weight_decay 1 \
         --ivon_learning_rate 1 --ivon_hess_init 0.3 --ivon_weight_decay 1e-3
 
@@ -41,10 +41,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import data_files, flags
+from common.flags import Count, Picture, Positive, Seed
 from jax.scipy.special import entr
 from matplotlib.figure import Figure
-from running import data_files, flags
-from running.flags import Count, Picture, Positive, Seed
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 

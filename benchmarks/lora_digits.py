@@ -1,7 +1,7 @@
 """LoRA with IVON in Flax NNX: a posterior over the adapters, the base frozen.
 
-    python examples/nnx_lora.py           # 40 s on two CPU cores; draws nnx_lora.png
-    python examples/nnx_lora.py --tune    # 6 min: the trials behind the defaults
+    python benchmarks/lora_digits.py         # 40 s on two CPU cores; draws a picture
+    python benchmarks/lora_digits.py --tune  # 6 min: the trials behind the defaults
 
 A network learns upright digits with AdamW. Then low-rank adapters, and nothing else,
 learn digits turned by 90 degrees from 100 examples: once with AdamW, once with IVON,
@@ -36,10 +36,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import flags
+from common.flags import Count, Picture, Positive, Switch
 from flax import nnx
 from matplotlib.figure import Figure
-from running import flags
-from running.flags import Count, Picture, Positive, Switch
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
@@ -65,7 +65,7 @@ class Config:
     bfloat16: Switch = 0
     num_samples: Count = 64
     seeds: Count = 3
-    plot: Picture = "nnx_lora.png"
+    plot: Picture = "lora.png"
 
 
 class Network(nnx.Module):

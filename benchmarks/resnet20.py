@@ -1,9 +1,9 @@
 """ResNet-20 on CIFAR with Flax NNX and the IVON paper's settings: IVON, AdamW or SGD.
 
-    python examples/nnx_cifar.py                            # downloads CIFAR-10, once
-    python examples/nnx_cifar.py --dataset cifar100         # or CIFAR-100
-    python examples/nnx_cifar.py --data cifar10_jpeg.npz    # or reads your own file
-    python examples/nnx_cifar.py --preset quick             # 2 minutes on two CPU cores
+    python benchmarks/resnet20.py                          # downloads CIFAR-10, once
+    python benchmarks/resnet20.py --dataset cifar100       # or CIFAR-100
+    python benchmarks/resnet20.py --data cifar10_jpeg.npz  # or reads your own file
+    python benchmarks/resnet20.py --preset quick           # 2 minutes of two CPU cores
 
 The defaults are the paper's: ResNet-20 (274,042 parameters) with filter response
 normalisation, flips and crops, batches of 50, 200 epochs with a warm-up of 5 and a
@@ -41,11 +41,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import checkpoints, data_files, flags
+from common.flags import Count, Fraction, Picture, Positive, Seed, Text
 from flax import nnx
 from matplotlib.figure import Figure
 from PIL import Image
-from running import checkpoints, data_files, flags
-from running.flags import Count, Fraction, Picture, Positive, Seed, Text
 from sklearn.datasets import fetch_openml
 from tqdm import tqdm
 
@@ -91,8 +91,8 @@ class Config:
     num_samples: Count = 64  # of the posterior, for the table
     seed: Seed = 0
     max_to_keep: Count = 2  # checkpoints
-    checkpoint_dir: Text = "checkpoints/nnx_cifar"
-    plot: Picture = "nnx_cifar.png"
+    checkpoint_dir: Text = "checkpoints/resnet20"
+    plot: Picture = "resnet20.png"
 
 
 QUICK = dict(

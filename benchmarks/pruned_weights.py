@@ -1,7 +1,7 @@
 """How much of a network can go? Pruning by IVON's uncertainty, beside magnitude.
 
-    python examples/pruning.py            # 60 s of CPU time
-    python examples/pruning.py --data mnist.npz
+    python benchmarks/pruned_weights.py            # 60 s of CPU time
+    python benchmarks/pruned_weights.py --data mnist.npz
 
 Networks learn half of the digits, and lose weights without further training: those
 of the smallest magnitude, signal-to-noise ratio (mean over standard deviation), or
@@ -35,9 +35,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import data_files, flags
+from common.flags import Count, Picture, Positive, Seed
 from matplotlib.figure import Figure
-from running import data_files, flags
-from running.flags import Count, Picture, Positive, Seed
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 

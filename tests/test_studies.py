@@ -1,6 +1,6 @@
-"""Every example runs at the toy size that its first lines name, and checks its flags.
+"""Every study runs at the toy size that its first lines name, and checks its flags.
 
-`WHOLE_EXAMPLES=1 pytest tests/test_examples.py -k header` runs whole examples, for a
+`WHOLE_STUDIES=1 pytest tests/test_studies.py -k header` runs whole studies, for a
 quarter of an hour, and compares what they print with their headers.
 """
 
@@ -16,23 +16,36 @@ import sys
 
 import numpy as np
 import pytest
+from common import flags
 from matplotlib.figure import Figure
-from running import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NAMES = [path.stem for path in EXAMPLES]
+SCRIPTS = *(ROOT / "benchmarks").glob("*.py"), ROOT / "examples" / "gpt2.py"
+STUDIES = sorted(path for path in SCRIPTS if "\nToy size: `" in path.read_text())
+NAMES = [path.stem for path in STUDIES]
 # Where zero means something.
 MAY_BE_ZERO = {
     *("seed", "warmup", "warmup_epochs", "write", "process_id", "cpu_devices"),
     *("remat", "bfloat16"),  # switches
 }
-WITHOUT_FILES = ["digits", "ensemble", "merging", "nnx_lora", "regression_1d"]
-WITH_IMAGES = ["continual", "leave_one_out", "ood", "pruning", "sensitivity"]
+WITHOUT_FILES = [
+    "mlp_digits",
+    "multi_ivon",
+    "merged_networks",
+    "lora_digits",
+    "regression_gap",
+]
+WITH_IMAGES = [
+    "task_sequence",
+    "leave_one_out_loss",
+    "unknown_classes",
+    "pruned_weights",
+    "wrong_labels",
+]
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs_prints_a_table_and_saves_its_picture(path, tmp_path):
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_study_runs_prints_a_table_and_saves_its_picture(path, tmp_path):
     """With warnings as errors, in a folder of its own."""
     toy = re.search(r"^Toy size: `(.*)`", path.read_text(), re.MULTILINE).group(1)
     printed = tables(run(path, tmp_path, "-W", "error", flags=shlex.split(toy)))
@@ -42,15 +55,15 @@ def test_example_runs_prints_a_table_and_saves_its_picture(path, tmp_path):
     words = {word for t in printed for row in t for c in row for word in c.split()}
     for titles, *others in tables(docstring(path)):
         assert set(" ".join(titles[1:]).split()) <= words
-        if path.stem != "nnx_cifar":  # which prints one optimizer at a time
+        if path.stem != "resnet20":  # which prints one optimizer at a time
             assert {row[0] for row in others} <= rows
 
 
-@pytest.mark.skipif("not os.environ.get('WHOLE_EXAMPLES')", reason="15 minutes")
+@pytest.mark.skipif("not os.environ.get('WHOLE_STUDIES')", reason="15 minutes")
 @pytest.mark.parametrize("name", WITHOUT_FILES + WITH_IMAGES)
-def test_header_is_what_the_example_prints(name, tmp_path):
+def test_header_is_what_the_study_prints(name, tmp_path):
     """Within three standard errors, because machines round differently."""
-    path = ROOT / "examples" / f"{name}.py"
+    path = ROOT / "benchmarks" / f"{name}.py"
     expected = cells(docstring(path))
     printed = cells(run(path, tmp_path))
     assert expected.keys() <= printed.keys()
@@ -60,13 +73,13 @@ def test_header_is_what_the_example_prints(name, tmp_path):
 
 
 def test_readme_has_the_table_of_the_quickstart():
-    [table] = tables(docstring(ROOT / "examples" / "digits.py"))
+    [table] = tables(docstring(ROOT / "benchmarks" / "mlp_digits.py"))
     assert table in tables((ROOT / "README.md").read_text())
 
 
 def test_labels_of_two_bars_that_are_cut_do_not_overlap():
     """Where over 30 % of the digits and of the others are sure."""
-    digits = importlib.import_module("digits")
+    digits = importlib.import_module("mlp_digits")
     figure = Figure(figsize=(10, 3.5), dpi=200, layout="constrained")
     sure = np.eye(10)[np.zeros(100, int)]
     _, axes, _ = figure.subplots(1, 3)
@@ -176,24 +189,24 @@ def test_a_picture_that_cannot_be_written_is_refused(
         ("gpt2 --distributed :80", "--distributed must be auto or HOST:PORT"),
         ("gpt2 --distributed localhost:http", "--distributed must be auto or HOST"),
         ("gpt2 --process_id 1", "--process_id must be below --num_processes 1"),
-        ("nnx_cifar --depth 3", "--depth must be 2, 8, 14, 20"),
-        ("nnx_cifar --epochs 5", "--warmup_epochs must be below --epochs 5, got 5."),
-        ("linen_mnist --dataset digits --batch_size 9999", "must be at most 1438"),
-        ("leave_one_out --num_train 1797", "`--num_train` must be below 1797"),
-        ("leave_one_out --batch_size 301", "must be at most 300"),
-        ("digits --batch_size 899", "must be at most 898"),
-        ("digits --batch_size 700 --tune", "must be at most 598"),
-        ("pruning --batch_size 899", "must be at most 898"),
-        ("ensemble --batch_size 899", "must be at most 898"),
-        ("ood --batch_size 899", "must be at most"),
-        ("ood --num_known 10", "--num_known must be at most 9, got 10."),
-        ("nnx_lora --batch_size 101", "must be at most 100"),
-        ("continual --batch_size 1438", "must be at most 1437"),
-        ("continual --epochs 1 --forget 29", "`--forget` must be at most 28 steps"),
-        ("merging --steps 2", "`--forget` must be at most 2 steps, got 3.0."),
-        ("sensitivity --batch_size 1438", "must be at most 1437"),
-        ("sensitivity --flip 1", "--flip must be below 1, got 1.0."),
-        ("sensitivity --flip 0", "--flip must be positive, got 0.0."),
+        ("resnet20 --depth 3", "--depth must be 2, 8, 14, 20"),
+        ("resnet20 --epochs 5", "--warmup_epochs must be below --epochs 5, got 5."),
+        ("mnist --dataset digits --batch_size 9999", "must be at most 1438"),
+        ("leave_one_out_loss --num_train 1797", "`--num_train` must be below 1797"),
+        ("leave_one_out_loss --batch_size 301", "must be at most 300"),
+        ("mlp_digits --batch_size 899", "must be at most 898"),
+        ("mlp_digits --batch_size 700 --tune", "must be at most 598"),
+        ("pruned_weights --batch_size 899", "must be at most 898"),
+        ("multi_ivon --batch_size 899", "must be at most 898"),
+        ("unknown_classes --batch_size 899", "must be at most"),
+        ("unknown_classes --num_known 10", "--num_known must be at most 9, got 10."),
+        ("lora_digits --batch_size 101", "must be at most 100"),
+        ("task_sequence --batch_size 1438", "must be at most 1437"),
+        ("task_sequence --epochs 1 --forget 29", "`--forget` must be at most 28 steps"),
+        ("merged_networks --steps 2", "`--forget` must be at most 2 steps, got 3.0."),
+        ("wrong_labels --batch_size 1438", "must be at most 1437"),
+        ("wrong_labels --flip 1", "--flip must be below 1, got 1.0."),
+        ("wrong_labels --flip 0", "--flip must be positive, got 0.0."),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(
@@ -231,7 +244,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-@pytest.mark.parametrize("name", [*WITH_IMAGES, "linen_mnist", "nnx_cifar"])
+@pytest.mark.parametrize("name", [*WITH_IMAGES, "mnist", "resnet20"])
 def test_files_that_do_not_fit_the_network_are_refused(
     name, case, capsys, monkeypatch, tmp_path
 ):
@@ -239,7 +252,7 @@ def test_files_that_do_not_fit_the_network_are_refused(
     changes, message = BAD_FILES[case]
     arrays = {"images": IMAGES, "labels": LABELS} | changes
     arrays = {name: array for name, array in arrays.items() if array is not None}
-    if name == "nnx_cifar":
+    if name == "resnet20":
         shape = len(arrays["images"]), 32, 32, 3
         arrays["images"] = np.zeros(shape, arrays["images"].dtype)
         arrays = {

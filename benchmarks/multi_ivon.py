@@ -1,7 +1,7 @@
 """Multi-IVON: several posteriors trained at once, by one vmapped program.
 
-    python examples/ensemble.py                     # 80 s of CPU time
-    python examples/ensemble.py --cpu_devices 5     # a member on each of five devices
+    python benchmarks/multi_ivon.py                   # 80 s of CPU time
+    python benchmarks/multi_ivon.py --cpu_devices 5   # a member on each of five devices
 
 Five networks learn half of the digits; their Gaussians are one mixture (paper, section
 4.2). On five devices the compiled program has no communication. Expected on the other
@@ -15,7 +15,7 @@ half, mean ± standard error over three ensembles; single networks are their mem
 | Multi-IVON     | 0.951 ± 0.001 | 0.155 ± 0.002 | 0.017 ± 0.003 | 0.071 ± 0.000 |
 
 Multi-IVON has the best NLL and Brier score; in accuracy and ECE it is level with IVON
-and with the AdamW ensemble. Settings are those of examples/digits.py, of 20 each the
+and with the AdamW ensemble. Settings are those of mlp_digits.py, of 20 each the
 best by validation NLL. On turned digits (ensemble.png) IVON is less sure than AdamW,
 and an ensemble less than its members. But doubt does not grow steadily with the angle:
 at 90 degrees it is less than at 30, and all four are wrong (NLL 13 to 16).
@@ -33,9 +33,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import flags
+from common.flags import Count, Fraction, Picture, Positive
 from matplotlib.figure import Figure
-from running import flags
-from running.flags import Count, Fraction, Picture, Positive
 from scipy import ndimage
 from sklearn.datasets import load_digits
 from tqdm import tqdm

@@ -1,6 +1,6 @@
 """One-dimensional regression with a gap in the data: IVON beside AdamW.
 
-    python examples/regression_1d.py      # 20 s on two free CPU cores
+    python benchmarks/regression_gap.py      # 20 s on two free CPU cores
 
 A network learns from 100 noisy points in two clusters. AdamW ends with one prediction,
 whose only uncertainty is the noise of the targets, constant by construction; IVON ends
@@ -34,11 +34,11 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import optax
+from common import flags
+from common.flags import Count, Fraction, Picture, Positive, Seed
 from flax import nnx
 from jax.scipy.stats import norm
 from matplotlib.figure import Figure
-from running import flags
-from running.flags import Count, Fraction, Picture, Positive, Seed
 from tqdm import tqdm
 
 import ivon_jax

@@ -1,6 +1,6 @@
 """Estimate the test loss from the training data alone, at every epoch of a run.
 
-    python examples/leave_one_out.py               # half a minute of CPU time
+    python benchmarks/leave_one_out_loss.py               # half a minute of CPU time
 
 A network overfits 300 digits. Its leave-one-out loss (paper, section 4.4.1, Fig. 5)
 needs variances of the weights: IVON's are at hand, AdamW's are made of its second
@@ -39,9 +39,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import data_files, flags
+from common.flags import Count, Fraction, Picture, Positive, Seed
 from matplotlib.figure import Figure
-from running import data_files, flags
-from running.flags import Count, Fraction, Picture, Positive, Seed
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 

@@ -1,7 +1,7 @@
 """Five tasks, one after the other: yesterday's posterior is today's prior.
 
-    python examples/continual.py            # 75 s of CPU time
-    python examples/continual.py --data mnist.npz
+    python benchmarks/task_sequence.py            # 75 s of CPU time
+    python benchmarks/task_sequence.py --data mnist.npz
 
 Each task permutes the pixels of the digits in an order of its own; when it is over its
 images are gone. Test accuracy in per cent, mean ± standard error over three seeds:
@@ -30,10 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import data_files, flags
+from common.flags import Count, Picture, Positive
 from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
-from running import data_files, flags
-from running.flags import Count, Picture, Positive
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
