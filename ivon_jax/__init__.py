@@ -10,13 +10,16 @@ from . import (
     pruning as pruning,
     sensitivity as sensitivity,
 )
-from ._estimate import Estimate as Estimate
-from ._gaussian import Posterior as Posterior
-from ._gradients import value_and_grad as value_and_grad
-from ._mixture import Mixture as Mixture
-from ._natural import NaturalParameters as NaturalParameters, PointMass as PointMass
-from ._objective import evidence_lower_bound as evidence_lower_bound
-from ._posterior import (
+from ._distributions.gaussian import Posterior as Posterior
+from ._distributions.mixture import Mixture as Mixture
+from ._distributions.natural import (
+    NaturalParameters as NaturalParameters,
+    PointMass as PointMass,
+)
+from ._evaluation.objective import evidence_lower_bound as evidence_lower_bound
+from ._optimizer.estimate import Estimate as Estimate
+from ._optimizer.gradients import value_and_grad as value_and_grad
+from ._optimizer.posterior import (
     SampledState as SampledState,
     find_states as find_states,
     mean as mean,
@@ -24,8 +27,8 @@ from ._posterior import (
     prior as prior,
     sample as sample,
 )
-from ._sampled import sampled as sampled
-from ._transform import (
+from ._optimizer.sampled import sampled as sampled
+from ._optimizer.transform import (
     IVONState as IVONState,
     ivon as ivon,
     scale_by_ivon as scale_by_ivon,

@@ -9,8 +9,9 @@ from flax import nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from . import _checks, _gradients, _posterior
-from ._estimate import Estimate, with_extra_args
+from . import _checks
+from ._optimizer import gradients, posterior as readers
+from ._optimizer.estimate import Estimate, with_extra_args
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -39,13 +40,13 @@ class TrainState(train_state.TrainState):
         """Draw parameters from the posterior; see `ivon_jax.sample`."""
         return self.posterior().sample(key)
 
-    def posterior(self) -> _posterior.Posterior:
+    def posterior(self) -> readers.Posterior:
         """Return the Gaussian over the parameters; see `ivon_jax.posterior`."""
-        q = _posterior.posterior(_trained(self.params), self.opt_state)
+        q = readers.posterior(_trained(self.params), self.opt_state)
         point_masses = jax.tree.map(lambda _: None, self.params)
         rest = _overwritten(point_masses)
         precision = _with_trained(self.params, q.precision, rest)
-        return _posterior.Posterior(_with_trained(self.params, q.mean), precision)
+        return readers.Posterior(_with_trained(self.params, q.mean), precision)
 
     def apply_gradients(
         self,
@@ -137,7 +138,7 @@ def sample(key: jax.Array, model: Model, optimizer: nnx.Optimizer) -> Model:
     _checks.nnx_arguments("sample(key, model, optimizer)", model, optimizer)
     graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
     opt_state = arrays(optimizer.opt_state)
-    return nnx.merge(graphdef, _posterior.sample(key, arrays(params), opt_state), rest)
+    return nnx.merge(graphdef, readers.sample(key, arrays(params), opt_state), rest)
 
 
 def mean(model: Model, optimizer: nnx.Optimizer) -> Model:
@@ -167,7 +168,7 @@ def mean(model: Model, optimizer: nnx.Optimizer) -> Model:
     """
     _checks.nnx_arguments("mean(model, optimizer)", model, optimizer)
     graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
-    params = _posterior.mean(arrays(params), arrays(optimizer.opt_state))
+    params = readers.mean(arrays(params), arrays(optimizer.opt_state))
     return nnx.merge(graphdef, params, rest)
 
 
@@ -229,7 +230,7 @@ def value_and_grad(
             loss, aux = value if has_aux else (value, None)
             return loss, (aux, _changed(rest, nnx.split(draw, wrt, nnx.RngKey, ...)[3]))
 
-        grad_fn = _gradients.value_and_grad(loss_of_draw, has_aux=True, **options)
+        grad_fn = gradients.value_and_grad(loss_of_draw, has_aux=True, **options)
         opt_state = arrays(optimizer.opt_state)
         outputs = grad_fn(key, arrays(params), opt_state, arrays(keys), *args, **kwargs)
         (loss, (aux, changed)), (grad, hess) = outputs
@@ -262,7 +263,7 @@ def _by_path(state, arrays_by_number):
     return {paths[i]: x for i, x in arrays_by_number.items()}
 
 
-def posterior(model: nnx.Module, optimizer: nnx.Optimizer) -> _posterior.Posterior:
+def posterior(model: nnx.Module, optimizer: nnx.Optimizer) -> readers.Posterior:
     """Return the Gaussian over the parameters of `optimizer` in `model`.
 
     Its samples are states for `nnx.merge`:
@@ -292,17 +293,17 @@ def posterior(model: nnx.Module, optimizer: nnx.Optimizer) -> _posterior.Posteri
     """
     _checks.nnx_arguments("posterior(model, optimizer)", model, optimizer)
     params = arrays(nnx.state(model, optimizer.wrt))
-    return _posterior.posterior(params, arrays(optimizer.opt_state))
+    return readers.posterior(params, arrays(optimizer.opt_state))
 
 
-def prior(model: nnx.Module, optimizer: nnx.Optimizer) -> _posterior.Posterior:
+def prior(model: nnx.Module, optimizer: nnx.Optimizer) -> readers.Posterior:
     """Return the prior over the parameters of `optimizer` in `model`.
 
     Both arguments, the result and the errors are as for `posterior`.
     """
     _checks.nnx_arguments("prior(model, optimizer)", model, optimizer)
     params = arrays(nnx.state(model, optimizer.wrt))
-    return _posterior.prior(params, arrays(optimizer.opt_state))
+    return readers.prior(params, arrays(optimizer.opt_state))
 
 
 def arrays(tree: Any) -> Any:

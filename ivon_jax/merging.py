@@ -11,17 +11,17 @@ References:
   ICLR 2024; Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from . import _checks, _chunks, _compiled, _sharding
-from ._mean import scan_mean
+from . import _checks
+from ._arrays import compiled, sharding
+from ._arrays.dtypes import wide_dtype
+from ._arrays.loops import scan_mean, sum_examples
 
 
 def task_arithmetic(
@@ -109,7 +109,7 @@ def merge(
 
     def leaf(path, theta, base_hess, *rest):
         thetas, hess = rest[:count], rest[count:]
-        weights = _weights(path, base_hess, hess, _wide(theta, *thetas))
+        weights = _weights(path, base_hess, hess, wide_dtype(theta, *thetas))
         return _shifted(theta, thetas, scales, weights)
 
     base_hessian = _checks.curvature("base_hessian", base_hessian, "`base`", base)
@@ -170,11 +170,11 @@ def diagonal_fisher(
                 fn, params, jax.random.fold_in(key, index), example, num_samples
             )
 
-        indices = _sharding.positions(jax.tree.leaves(inputs)[0])
-        params = _sharding.alike(jax.tree.map(jnp.asarray, params), inputs)
-        return _chunks.sum_examples(squared_gradient, (indices, inputs), chunk_size)
+        indices = sharding.positions(jax.tree.leaves(inputs)[0])
+        params = sharding.alike(jax.tree.map(jnp.asarray, params), inputs)
+        return sum_examples(squared_gradient, (indices, inputs), chunk_size)
 
-    return _compiled.call(run, params, key, inputs, of=fn)
+    return compiled.call(run, params, key, inputs, of=fn)
 
 
 def _squared_gradient(fn, params, key, example, num_samples):
@@ -185,14 +185,14 @@ def _squared_gradient(fn, params, key, example, num_samples):
 
     def square(label_key):
         [grad] = pull(_errors(label_key, logits))
-        return jax.tree.map(lambda g: g.astype(_wide(g)) ** 2, grad)
+        return jax.tree.map(lambda g: g.astype(wide_dtype(g)) ** 2, grad)
 
     return scan_mean(square, jax.random.split(key, num_samples))
 
 
 def _errors(key, logits):
     """Probabilities minus a drawn label: the gradient of the cross-entropy."""
-    wide = logits.astype(_wide(logits))
+    wide = logits.astype(wide_dtype(logits))
     if wide.shape[-1] == 1:
         probs = jax.nn.sigmoid(wide)
         labels = jax.random.bernoulli(key, probs).astype(wide.dtype)
@@ -227,15 +227,9 @@ def _weights(path, base_hess, hess, dtype):
 
 def _shifted(theta, thetas, scales, weights):
     """Theta plus the sum of scale * weight * (theta_t - theta), in theta's dtype."""
-    dtype = _wide(theta, *thetas)
+    dtype = wide_dtype(theta, *thetas)
     start = total = jnp.asarray(theta, dtype)
     for theta_t, *factors in zip(thetas, scales, weights, strict=True):
         scale, weight = (jnp.asarray(factor, dtype) for factor in factors)
         total += scale * weight * (jnp.asarray(theta_t, dtype) - start)
     return total.astype(jnp.result_type(theta))
-
-
-def _wide(*values):
-    """The dtype to compute with these in: float32, or wider if one of them is."""
-    dtypes = (jnp.result_type(value) for value in values)
-    return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))

@@ -25,7 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _checks, _sharding
+from . import _checks
+from ._arrays import sharding
+from ._arrays.dtypes import wide, wide_dtype
 
 
 def accuracy(
@@ -231,8 +233,7 @@ def out_of_distribution(
 
 @jax.jit
 def _out_of_distribution(inside, outside):
-    dtype = np.promote_types(np.float32, inside[0].dtype)
-    dtype = np.promote_types(dtype, outside[0].dtype)
+    dtype = wide_dtype(inside[0], outside[0])
     (inside, n), (outside, m) = (_sorted(dtype, *x) for x in (inside, outside))
 
     def share(count, total):
@@ -271,7 +272,7 @@ def _sorted(dtype, scores, where):
             jnp.where(where, scores, jnp.inf),
             jnp.sum(where, dtype=jnp.int32),
         )
-    return jnp.sort(_sharding.whole(scores), axis=None), count
+    return jnp.sort(sharding.whole(scores), axis=None), count
 
 
 def _at_least(scores, count, thresholds):
@@ -305,7 +306,7 @@ def _validated(probs, labels, where):
 def _prepared(probs, labels, where):
     """Return float32 probabilities, each class minus the label, and what is valid."""
     num_classes = probs.shape[-1]
-    probs = probs.astype(np.promote_types(probs.dtype, np.float32))
+    [probs] = wide(probs)
     if where is not None:
         probs = jnp.where(where[..., None], probs, 1)
         labels = jnp.where(where, labels, 0)
@@ -329,8 +330,8 @@ def _is_among(k, probs, offsets):
 
 def _mean(values, valid, where):
     """The mean of what counts, NaN if some of it is not valid."""
-    dtype = np.promote_types(values.dtype, np.float32)
-    values = jnp.where(valid, values.astype(dtype), jnp.nan)
+    [values] = wide(values)
+    values = jnp.where(valid, values, jnp.nan)
     if where is None:
         return jnp.mean(values)
-    return jnp.sum(jnp.where(where, values, 0)) / jnp.sum(where, dtype=dtype)
+    return jnp.sum(jnp.where(where, values, 0)) / jnp.sum(where, dtype=values.dtype)

@@ -6,13 +6,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from . import _checks, _chunks, _compiled, _jacobian
-from ._gaussian import Posterior
-from ._mean import scan_mean
-from ._mixture import Mixture
+from . import _checks
+from ._arrays import compiled
+from ._arrays.dtypes import wide
+from ._arrays.loops import map_examples
+from ._distributions.gaussian import Posterior
+from ._distributions.mixture import Mixture
+from ._evaluation import jacobian
+from ._evaluation.samples import mean_over_samples
 
 
 def predict(
@@ -118,7 +121,7 @@ def uncertainty(
     def outputs(theta, *args):
         probs = jnp.asarray(_checks.one_array("fn(theta)", fn(theta, *args)))
         _checks.probabilities("fn(theta)", probs)
-        return probs, _entropy(_at_least_float32(probs))
+        return probs, _entropy(*wide(probs))
 
     means = mean_over_samples(outputs, posterior, key, num_samples, args, of=fn)
     probs, aleatoric = means
@@ -204,48 +207,16 @@ def linearized(
     _checks.number_of_examples(x=x)
 
     def run(posterior, x):
-        _jacobian.num_outputs(fn, posterior, x)
-        of_example = _jacobian.linearize(fn, posterior)
+        jacobian.num_outputs(fn, posterior, x)
+        of_example = jacobian.linearize(fn, posterior)
 
         def moments(example):
             outputs = of_example(example)
             return Linearized(outputs.mean, outputs.covariance())
 
-        return _chunks.map_examples(moments, x, chunk_size)
+        return map_examples(moments, x, chunk_size)
 
-    return _compiled.call(run, posterior, x, of=fn)
-
-
-def mean_over_samples(fn, posterior, key, num_samples, args, of=None):
-    """The mean of ``fn(theta, *args)``, any pytree, in the memory of one sample."""
-    _checks.function("fn", fn)
-    _checks.integer_between("num_samples", num_samples, 1)
-    _checks.posterior_to_sample(posterior)
-    key = _checks.random_key("key", key)
-    _checks.arguments("args", args)
-
-    def run(posterior, key, args):
-        def outputs(theta):
-            value = _checks.arrays("fn(theta)", fn(theta, *args))
-            return jax.tree.map(_at_least_float32, value)
-
-        return _scan_samples(outputs, posterior, key, num_samples)
-
-    return _compiled.call(run, posterior, key, args, of=of or fn)
-
-
-def _scan_samples(fn, posterior, key, num_samples):
-    if isinstance(posterior, Mixture):
-        key, strata_key = jax.random.split(key)
-        strata = posterior.strata(strata_key, num_samples)
-        keys = jax.random.split(key, num_samples)
-        stacked = posterior.stacked  # once, not in every step of the scan
-        members = Mixture.from_stacked(stacked)
-        return scan_mean(
-            lambda x: fn(members.member(x[0]).sample(x[1])), (strata, keys)
-        )
-    keys = jax.random.split(key, num_samples)
-    return scan_mean(lambda k: fn(posterior.sample(k)), keys)
+    return compiled.call(run, posterior, x, of=fn)
 
 
 def _entropy(probs):
@@ -253,10 +224,3 @@ def _entropy(probs):
     # Not `entr`, whose derivative at 0 is infinite.
     positive = jnp.where(probs > 0, probs, 1.0)
     return -jnp.sum(probs * jnp.log(positive), axis=-1)
-
-
-def _at_least_float32(x):
-    """`x` in a dtype that can hold a mean."""
-    x = jnp.asarray(x)
-    inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-    return x.astype(np.promote_types(x.dtype, np.float32) if inexact else jnp.float32)

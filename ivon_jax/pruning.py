@@ -11,17 +11,17 @@ References:
   https://arxiv.org/abs/2506.14280 (variance).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from . import _checks, _compiled, _ranks
-from ._gaussian import Posterior
+from . import _checks
+from ._arrays import compiled, ranks
+from ._arrays.dtypes import wide
+from ._distributions.gaussian import Posterior
 
 
 def signal_to_noise(posterior: Posterior) -> Any:
@@ -202,7 +202,7 @@ def curve(
 
         return jax.lax.map(at, sparsities)
 
-    return _compiled.call(run, posterior, sparsities, args, of=fn)
+    return compiled.call(run, posterior, sparsities, args, of=fn)
 
 
 def _check(posterior):
@@ -221,18 +221,17 @@ def _pruned(params, mask):
 @jax.jit
 def _kept(arrays, removed):
     """All but the lowest entries, ranked in a dtype that holds each exactly."""
-    dtype = functools.reduce(np.promote_types, (x.dtype for x in arrays), np.float32)
-    return _ranks.without_lowest([x.astype(dtype) for x in arrays], removed)
+    return ranks.without_lowest(wide(*arrays), removed)
 
 
 def _num_removed(sparsity, size):
     """The sparsity times `size`, rounded, as a pair of integers."""
     sparsity = _checks.fraction("sparsity", sparsity)
     if isinstance(sparsity, float):
-        return _ranks.pair(round(sparsity * size))
-    rounded = _ranks.pair(jnp.round(sparsity * float(size)))
+        return ranks.pair(round(sparsity * size))
+    rounded = ranks.pair(jnp.round(sparsity * float(size)))
     # float32 does not hold every size.
-    choices = zip(rounded, _ranks.pair(size), strict=True)
+    choices = zip(rounded, ranks.pair(size), strict=True)
     return [jnp.where(sparsity < 1, *choice) for choice in choices]
 
 

@@ -62,8 +62,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _chunks, _compiled, _jacobian
-from ._gaussian import Posterior
+from . import _checks
+from ._arrays import compiled
+from ._arrays.loops import map_examples
+from ._distributions.gaussian import Posterior
+from ._evaluation import jacobian
 
 
 def _cross_entropy(outputs, label):
@@ -254,7 +257,7 @@ def _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size):
     _checks.integer_between("chunk_size", chunk_size, 1)
     x, y = jax.tree.map(jnp.asarray, x), jax.tree.map(_checks.as_array, y)
     count = _checks.number_of_examples(x=x, y=y)
-    *shape, num_outputs = _jacobian.shape_of_outputs(fn, posterior, x)
+    *shape, num_outputs = jacobian.shape_of_outputs(fn, posterior, x)
     where = _which_count(where, (count, *shape))
     if loss is _cross_entropy:
         y = _checks.classes("y", y, (count, *shape), max(2, num_outputs), where)
@@ -262,7 +265,7 @@ def _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size):
         _checks.of_predictions("y", y, (count, *shape))
 
     def run(posterior, x, y, where):
-        linearized = _jacobian.linearize(fn, posterior)
+        linearized = jacobian.linearize(fn, posterior)
 
         def of_example(example):
             x, y, counts = example
@@ -275,9 +278,9 @@ def _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size):
                 deviation = outputs.covariance_times(error)
             return result(outputs.mean, _masked(deviation, counts), y)
 
-        return _chunks.map_examples(of_example, (x, y, where), chunk_size)
+        return map_examples(of_example, (x, y, where), chunk_size)
 
-    return _compiled.call(run, posterior, x, y, where, of=fn)
+    return compiled.call(run, posterior, x, y, where, of=fn)
 
 
 def _which_count(where, shape):

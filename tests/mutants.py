@@ -32,27 +32,30 @@ import sklearn.metrics  # noqa: F401
 
 TESTS = {  # for each module the files that must notice; its doctests come first
     "_rules": ["rules", "reference"],
-    "_mean": ["gradients", "predictive"],
-    "_gradients": ["gradients", "contract", "parallel"],
-    "_transform": ["reference", "transform", "prior", "posterior", "flax"],
-    "_gaussian": ["gaussian", "posterior"],
-    "_densities": ["gaussian", "posterior"],
-    "_natural": ["gaussian"],
-    "_mixture": ["mixture"],
-    "_noise": ["noise"],
-    "metrics": ["metrics"],
-    "_jacobian": ["sensitivity", "predictive"],
-    "sensitivity": ["sensitivity"],
+    "_arrays.loops": ["gradients", "predictive", "loops"],
+    "_arrays.noise": ["noise"],
+    "_distributions.densities": ["gaussian", "posterior"],
+    "_distributions.gaussian": ["gaussian", "posterior"],
+    "_distributions.mixture": ["mixture"],
+    "_distributions.natural": ["gaussian"],
+    "_evaluation.jacobian": ["sensitivity", "predictive"],
+    "_evaluation.objective": ["objective"],
+    "_evaluation.samples": ["predictive", "mixture"],
+    "_optimizer.gradients": ["gradients", "contract", "parallel"],
+    "_optimizer.transform": ["reference", "transform", "prior", "posterior", "flax"],
     "merging": ["merging"],
-    "pruning": ["pruning"],
+    "metrics": ["metrics"],
     "predictive": ["predictive", "mixture"],
-    "_objective": ["objective"],
+    "pruning": ["pruning"],
+    "sensitivity": ["sensitivity"],
 }
-EVERY_KIND = "_rules.", "_gradients._re", "_gradients._sq", "_gradients._ga"
+EVERY_KIND = "_rules.", *(f"_optimizer.gradients._{x}" for x in ("re", "sq", "ga"))
 EQUIVALENT = {  # name of a mutant: why no test can notice it
-    "_gradients._per_device.vary: mean + jnp.zeros_like(index, mean.dtype) -> "
-    "(mean) - (jnp.zeros_like(index, mean.dtype))": "zeros, added for their type alone",
-    "_transform._prior_of: return Posterior(params, params) -> nan": "it has no leaves",
+    "_optimizer.gradients._per_device.vary: mean + jnp.zeros_like(index, mean.dtype) "
+    "-> (mean) - (jnp.zeros_like(index, mean.dtype))": "added for their type alone",
+    "_optimizer.transform._prior_of: return Posterior(params, params) -> nan": (
+        "it has no leaves"
+    ),
 }
 SECONDS = 600  # a mutant that takes longer hangs
 SWAPPED = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Pow: "*"}
@@ -215,7 +218,7 @@ def survivors(root, tests, only=("",), every=1):
         jax.config.update("jax_compilation_cache_dir", f"{folder}/programs")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         for module, names in tests.items():
-            path = copy / "ivon_jax" / f"{module}.py"
+            path = path_of(copy, module)
             source = path.read_text()
             chosen = [
                 (name, text)
@@ -224,11 +227,13 @@ def survivors(root, tests, only=("",), every=1):
             ]
             if not chosen:
                 continue
-            files = [f"ivon_jax/{path.name}", *(f"tests/test_{x}.py" for x in names)]
-            for _ in ("compiled", "kept"):
-                failed, seconds = run(copy, files, {})
-                if failed:
-                    raise SystemExit(f"{module}: {failed} fails without a mutant.")
+            files = [
+                str(path.relative_to(copy)),
+                *(f"tests/test_{x}.py" for x in names),
+            ]
+            failed, seconds = run(copy, files, {})
+            if failed:
+                raise SystemExit(f"{module}: {failed} fails without a mutant.")
             for number, (name, text) in enumerate(chosen, 1):
                 path.write_text(text)
                 start = time.monotonic()
@@ -242,6 +247,11 @@ def survivors(root, tests, only=("",), every=1):
                 seconds[killer] = -number
             path.write_text(source)
     return found
+
+
+def path_of(root, module):
+    """The source of a module."""
+    return Path(root, "ivon_jax", *module.split(".")).with_suffix(".py")
 
 
 def _copy(root, copy):
@@ -258,7 +268,7 @@ def names_of(root, tests):
     """The names of all mutants."""
     found = []
     for module in tests:
-        source = Path(root, "ivon_jax", f"{module}.py").read_text()
+        source = path_of(root, module).read_text()
         found += mutants_of(module, source)
     return found
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import ivon_jax
-from ivon_jax import _compiled, diagnostics, merging, pruning
+from ivon_jax import diagnostics, merging, pruning
+from ivon_jax._arrays import compiled
 
 Q = ivon_jax.Posterior(jnp.linspace(-1.0, 1.0, 5), jnp.full(5, 4.0))
 X = jnp.linspace(0.0, 1.0, 5)
@@ -234,7 +235,7 @@ def test_what_a_function_closes_over_is_not_kept():
 
 def test_large_arrays_of_a_jitted_function_are_kept_as_long_as_it_is(monkeypatch):
     """And it is compiled once."""
-    monkeypatch.setattr(_compiled, "MAX_EMBEDDED_BYTES", 8)
+    monkeypatch.setattr(compiled, "MAX_EMBEDDED_BYTES", 8)
     x = X + 0.0
     fn = jax.jit(lambda theta: theta * x)
     for _ in range(3):
@@ -249,13 +250,13 @@ def test_large_arrays_of_a_jitted_function_are_kept_as_long_as_it_is(monkeypatch
 
 def test_no_more_than_some_programs_are_kept():
     before = len(jax.devices()[0].client.live_executables())
-    for i in range(_compiled.MAX_PROGRAMS + 8):
-        _compiled.call(
+    for i in range(compiled.MAX_PROGRAMS + 8):
+        compiled.call(
             lambda x, c=i: x + c, X, of=test_no_more_than_some_programs_are_kept
         )
     gc.collect()
     after = len(jax.devices()[0].client.live_executables())
-    assert after - before <= _compiled.MAX_PROGRAMS
+    assert after - before <= compiled.MAX_PROGRAMS
 
 
 def test_closed_over_arrays_are_no_part_of_the_program():
@@ -263,7 +264,7 @@ def test_closed_over_arrays_are_no_part_of_the_program():
     x = jnp.ones(10_000)
     trace = jax.make_jaxpr(lambda t: t * x)(x)
     embedded = []
-    _compiled._structure(_compiled._of_arguments(trace), embedded)
+    compiled._structure(compiled._of_arguments(trace), embedded)
     assert embedded == []
 
 
@@ -327,7 +328,7 @@ def test_without_jit_functions_see_values():
 
 
 def test_functions_without_hash_are_compiled_all_the_same(monkeypatch):
-    monkeypatch.setattr(_compiled, "MAX_EMBEDDED_BYTES", -1)
+    monkeypatch.setattr(compiled, "MAX_EMBEDDED_BYTES", -1)
 
     class Unhashable(Network):
         __hash__ = None

@@ -12,7 +12,8 @@ from sklearn.datasets import load_digits
 from statistical import assert_mean
 
 import ivon_jax
-from ivon_jax import _ranks, diagnostics, pruning
+from ivon_jax import diagnostics, pruning
+from ivon_jax._arrays import ranks
 
 HESS_INIT, B1, B2 = 0.5, 0.8, 0.99
 SETTINGS = {"hess_init": HESS_INIT, "b1": B1, "b2": B2, "clip_radius": 0.7}
@@ -274,7 +275,7 @@ def test_the_gap_of_a_quadratic_loss_is_the_expected_one(key):
 def test_the_median_without_a_sort_is_that_of_a_sort(arrays):
     """Of several arrays, empty ones too; with ties and outliers."""
     entries = np.sort(np.concatenate([np.asarray(x, np.float32) for x in arrays]))
-    median = _ranks.lower_median([jnp.asarray(x, jnp.float32) for x in arrays])
+    median = ranks.lower_median([jnp.asarray(x, jnp.float32) for x in arrays])
     np.testing.assert_array_equal(median, entries[(len(entries) - 1) // 2])
 
 
@@ -282,7 +283,7 @@ def test_the_median_without_a_sort_is_that_of_a_sort(arrays):
 def test_the_median_of_many_is_exact(size, key):
     entries = jax.random.normal(key, (size,)) ** 3
     expected = np.sort(entries)[(size - 1) // 2]
-    np.testing.assert_array_equal(_ranks.lower_median([entries]), expected)
+    np.testing.assert_array_equal(ranks.lower_median([entries]), expected)
 
 
 def test_every_function_of_the_posterior_lowers_with_1e10_parameters():
@@ -316,7 +317,7 @@ def test_every_function_of_the_posterior_lowers_with_1e10_parameters():
 
 
 def test_a_median_with_a_nan_is_nan_and_ends():
-    assert jnp.isnan(_ranks.lower_median([jnp.array([1.0, jnp.nan, 2.0])]))
+    assert jnp.isnan(ranks.lower_median([jnp.array([1.0, jnp.nan, 2.0])]))
 
 
 @pytest.mark.parametrize("b2", [0.0, 0.9, 0.999])

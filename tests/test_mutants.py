@@ -56,7 +56,7 @@ def test_a_planted_mutant_is_found_where_a_test_cannot_fail(tmp_path):
 
 @pytest.mark.parametrize("module", mutants.TESTS)
 def test_every_module_has_mutants_that_compile(module):
-    source = (ROOT / "ivon_jax" / f"{module}.py").read_text()
+    source = mutants.path_of(ROOT, module).read_text()
     found = mutants.mutants_of(module, source)
     assert len(found) > 1
     assert source not in found.values()

@@ -5,27 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivon_jax import _noise
+from ivon_jax._arrays.noise import normal
 
 SHAPES = (), (1,), (7,), (0, 3), (3, 5), (2, 3, 4), (1000, 33)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_noise_has_the_bits_of_jax_random_normal(shape, key):
-    noise = _noise.normal(key, shape, jnp.float32)
+    noise = normal(key, shape, jnp.float32)
     np.testing.assert_array_equal(noise, jax.random.normal(key, shape))
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 def test_other_generators_are_left_to_jax(impl):
     key = jax.random.key(0, impl=impl)
-    noise = _noise.normal(key, (1000, 33), jnp.float32)
+    noise = normal(key, (1000, 33), jnp.float32)
     np.testing.assert_array_equal(noise, jax.random.normal(key, (1000, 33)))
 
 
 @pytest.mark.usefixtures("x64")
 def test_float64_is_left_to_jax(key):
-    noise = _noise.normal(key, (1000, 33), jnp.float64)
+    noise = normal(key, (1000, 33), jnp.float64)
     np.testing.assert_array_equal(
         noise, jax.random.normal(key, (1000, 33), jnp.float64)
     )
@@ -33,7 +33,7 @@ def test_float64_is_left_to_jax(key):
 
 def test_noise_takes_no_memory_but_its_own(key):
     """Of the parameters' size: jax's loop over rounds has four more such arrays."""
-    draw = jax.jit(_noise.normal, static_argnums=(1, 2))
+    draw = jax.jit(normal, static_argnums=(1, 2))
     memory = draw.lower(key, (1000, 100), jnp.float32).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 1000
 
@@ -42,7 +42,7 @@ def test_what_is_broadcast_is_drawn_once(key):
     """A bias is: fused, its noise would be drawn for each row of the activations."""
 
     def add_bias(key):
-        return jnp.zeros((8, 70_000)) + _noise.normal(key, (70_000,), jnp.float32)[None]
+        return jnp.zeros((8, 70_000)) + normal(key, (70_000,), jnp.float32)[None]
 
     text = jax.jit(add_bias).lower(key).compile().as_text()
     fused = [c for c in text.split("\n}") if "ENTRY" not in c and "f32[8,70000]" in c]

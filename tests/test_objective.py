@@ -16,7 +16,7 @@ import pytest
 from statistical import assert_mean
 
 import ivon_jax
-from ivon_jax._objective import evidence_lower_bound
+from ivon_jax._evaluation.objective import evidence_lower_bound
 
 N, DIMENSION = 40, 4
 NOISE = 0.25  # variance of the targets

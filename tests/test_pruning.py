@@ -11,7 +11,8 @@ import optax
 import pytest
 
 import ivon_jax
-from ivon_jax import _ranks, pruning
+from ivon_jax import pruning
+from ivon_jax._arrays import ranks
 
 MEAN = {"w": (4, 5), "frozen": (3,), "b": (5,), "scale": ()}
 CRITERIA = [pruning.by_signal_to_noise, pruning.by_variance]
@@ -100,15 +101,15 @@ def test_the_count_is_exact_beyond_float32_and_int32(count):
 
 def test_arrays_are_cut_where_one_int32_cannot_count_them(monkeypatch):
     """Here at 8 entries, and with pairs of base 4; ties cross the cuts."""
-    monkeypatch.setattr(_ranks, "_LARGEST", 8)
-    monkeypatch.setattr(_ranks, "_BASE", 4)
+    monkeypatch.setattr(ranks, "_LARGEST", 8)
+    monkeypatch.setattr(ranks, "_BASE", 4)
     rng = np.random.default_rng(0)
     shapes = {"a": (1, 7, 3), "b": (11,), "c": (2,), "d": (0, 4), "e": (1, 1, 9)}
     scores = {k: np.float32(rng.integers(0, 3, s)) for k, s in shapes.items()}
     run = jax.jit(lambda removed: pruning._kept.__wrapped__(arrays, removed))
     arrays = [jnp.asarray(x) for x in scores.values()]
     for removed in range(44):
-        kept = run(_ranks.pair(removed))
+        kept = run(ranks.pair(removed))
         kept = np.concatenate([np.ravel(x) for x in kept])
         expected = lowest_removed(flat(scores), removed / 43)
         np.testing.assert_array_equal(kept, expected)

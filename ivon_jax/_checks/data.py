@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .._arrays.dtypes import wide_dtype
 from .scalars import known
 
 
@@ -51,7 +52,7 @@ def sum_to_one(name, probs, where=None):
 @jax.jit
 def _of_distributions(probs, where):
     """The least probability, and the least and the greatest sum over classes."""
-    total = jnp.sum(probs, axis=-1, dtype=np.promote_types(probs.dtype, np.float32))
+    total = jnp.sum(probs, axis=-1, dtype=wide_dtype(probs))
     least = jnp.min(probs, axis=-1)
     if where is not None:
         least, total = jnp.where(where, least, 0), jnp.where(where, total, 1)

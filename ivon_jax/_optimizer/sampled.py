@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from . import _checks
-from ._posterior import SampledState, find_states, posterior
-from ._transform import Estimate
+from .. import _checks
+from .._arrays.dtypes import wide_dtype
+from .estimate import Estimate
+from .posterior import SampledState, find_states, posterior
 
 
 class _Draw(NamedTuple):
@@ -118,10 +118,8 @@ def sampled(
 
 def _mean_of(param):
     """A copy: the trainer may donate its own. In float32 or wider."""
-    dtype = jnp.result_type(param)
-    if jnp.issubdtype(dtype, jnp.floating):
-        dtype = np.promote_types(dtype, jnp.float32)
-    return jnp.copy(param).astype(dtype)
+    floating = jnp.issubdtype(jnp.result_type(param), jnp.floating)
+    return jnp.copy(param).astype(wide_dtype(param) if floating else None)
 
 
 def _rounded(params, mean):

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _rules
-from ._gaussian import Posterior
-from ._transform import IVONState, weight_decays
+from .. import _checks, _rules
+from .._distributions.gaussian import Posterior
+from .transform import IVONState, weight_decays
 
 
 class SampledState(NamedTuple):

@@ -5,11 +5,11 @@ a posterior may be :math:`10^{12}` times as narrow as its prior, or almost equal
 No difference below is one of large, nearly equal numbers.
 """
 
-import functools
 import math
 
 import jax.numpy as jnp
-import numpy as np
+
+from .._arrays.dtypes import wide
 
 
 def log_density(x, mean, precision):
@@ -39,14 +39,6 @@ def kl_divergence(mean, precision, prior_mean, prior_precision):
     shift = mean - prior_mean
     distance = prior_precision * shift * shift
     return 0.5 * jnp.sum(_of_variances(precision, prior_precision) + distance)
-
-
-def wide(*arrays):
-    """The arrays in one dtype: float32, or wider if one of them is."""
-    dtypes = [jnp.result_type(x) for x in arrays]
-    floats = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
-    dtype = functools.reduce(np.promote_types, floats, np.dtype(np.float32))
-    return [jnp.asarray(x).astype(dtype) for x in arrays]
 
 
 def _of_variances(precision, prior_precision):

@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from . import _checks, _sharding
-from ._gaussian import Posterior
+from .. import _checks
+from .._arrays import sharding
+from .._arrays.dtypes import wide_dtype
+from .._distributions.gaussian import Posterior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Outputs:
 
     def _one_hot(self, output):
         one_hot = jax.nn.one_hot(output, self.mean.size, dtype=self.mean.dtype)
-        return _sharding.alike(one_hot.reshape(self.mean.shape), self.mean)
+        return sharding.alike(one_hot.reshape(self.mean.shape), self.mean)
 
 
 def linearize(
@@ -78,15 +79,14 @@ def linearize(
     def of_example(example, *others):
         batch = jax.tree.map(lambda x: x[None], example)
         means = [jnp.asarray(x) for x in mean]
-        at = _sharding.alike(center, means, variance, example, others)
+        at = sharding.alike(center, means, variance, example, others)
 
         def outputs(values):
             leaves = list(mean)
             for i, value in zip(trained, values, strict=True):
                 leaves[i] = value.astype(jnp.result_type(mean[i]))
             [output] = fn(structure.unflatten(leaves), batch)
-            wide = output.astype(np.promote_types(output.dtype, np.float32))
-            return _sharding.whole(wide)
+            return sharding.whole(output.astype(wide_dtype(output)))
 
         output, push = jax.linearize(outputs, at)
         transpose = jax.linear_transpose(push, at)

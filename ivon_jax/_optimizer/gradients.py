@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _compiled, _rules, _sharding
-from ._gaussian import drawn, map_arrays, standard_normal
-from ._mean import is_key, scan_mean, vmap_mean
-from ._posterior import posterior
-from ._transform import Estimate
+from .. import _checks, _rules
+from .._arrays import compiled, sharding
+from .._arrays.loops import is_key, scan_mean, vmap_mean
+from .._distributions.gaussian import drawn, map_arrays, standard_normal
+from .estimate import Estimate
+from .posterior import posterior
 
 ESTIMATORS = ("reparameterization", "squared_gradient", "gauss_newton")
 
@@ -174,7 +175,7 @@ def value_and_grad(
         def run(q, key):
             return over_microbatches(q, key, batch)  # its numbers stay numbers
 
-        return _compiled.call(run, q, key, of=loss_fn)
+        return compiled.call(run, q, key, of=loss_fn)
 
     def estimate(key, params, opt_state, *args, **kwargs):
         key, batch = _checks.random_key("key", key), (args, kwargs)
@@ -328,7 +329,7 @@ def _cut(name, count, batch):
     def strided(x):
         rows = length // count
         if one_by_one:
-            x = _sharding.divisible(x, rows)
+            x = sharding.divisible(x, rows)
         return x.reshape(rows, count, *x.shape[1:]).swapaxes(0, 1)
 
     def join(one_slice):
@@ -337,7 +338,7 @@ def _cut(name, count, batch):
         return _fold_in(whole, index)
 
     slices = {i: strided(x) for i, x in arrays.items()}
-    return (_sharding.positions(next(iter(slices.values()))), slices), join
+    return (sharding.positions(next(iter(slices.values()))), slices), join
 
 
 def _fold_in(batch, index):

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _noise, _sharding
+from . import sharding
+from .noise import positions
 
 _BASE = 2**16
 _LARGEST = 2**31  # entries of one part, which an int32 can count
@@ -132,7 +133,7 @@ def _positions_with(parts, tied, counts):
 
 
 def _positions(x):
-    return _noise.positions(x.shape, _sharding.in_type(x))
+    return positions(x.shape, sharding.in_type(x))
 
 
 def _parts(x):

@@ -5,11 +5,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from . import _checks, _densities, _natural, _noise, _rules, _sharding
-from ._natural import NaturalParameters, PointMass
+from .. import _checks, _rules
+from .._arrays.dtypes import wide, wide_dtype
+from .._arrays.noise import normal
+from .._arrays.sharding import in_type
+from . import densities
+from .natural import NaturalParameters, PointMass, place, summable
 
 
 class Posterior(NamedTuple):
@@ -57,10 +60,9 @@ class Posterior(NamedTuple):
         precision = _checks.positive("precision", precision)
 
         def full(x):
-            dtype = jnp.result_type(x)
-            if not jnp.issubdtype(dtype, jnp.floating):
+            if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
                 return None
-            return jnp.full_like(x, precision, np.promote_types(dtype, jnp.float32))
+            return jnp.full_like(x, precision, wide_dtype(x))
 
         return cls(mean, jax.tree.map(full, mean))
 
@@ -86,8 +88,8 @@ class Posterior(NamedTuple):
 
         def gaussian(linear, quadratic):
             if isinstance(quadratic, PointMass):
-                return _natural.place(linear, quadratic.weight), None
-            linear, quadratic = _densities.wide(linear, quadratic)
+                return place(linear, quadratic.weight), None
+            linear, quadratic = wide(linear, quadratic)
             precision = -2.0 * quadratic
             return linear / precision, precision
 
@@ -105,14 +107,14 @@ class Posterior(NamedTuple):
         _checks.precisions(self)
 
         def linear(mean, precision):
-            mean, precision = _densities.wide(mean, precision)
+            mean, precision = wide(mean, precision)
             return precision * mean
 
         def point_mass(_):
             return PointMass(jnp.ones([]))
 
         return NaturalParameters(
-            map_arrays(linear, self, point_mass=_natural.summable),
+            map_arrays(linear, self, point_mass=summable),
             map_arrays(lambda _, p: -0.5 * p, self, point_mass=point_mass),
         )
 
@@ -225,7 +227,7 @@ class Posterior(NamedTuple):
         _checks.precisions(self)
 
         def log_density(mean, precision, x):
-            return _densities.log_density(x, mean, precision)
+            return densities.log_density(x, mean, precision)
 
         return _total(map_arrays(log_density, self, theta))
 
@@ -237,7 +239,7 @@ class Posterior(NamedTuple):
         0.000000
         """
         _checks.precisions(self)
-        return _total(map_arrays(lambda _, p: _densities.entropy(p), self))
+        return _total(map_arrays(lambda _, p: densities.entropy(p), self))
 
     def kl_divergence(self, prior: "Posterior") -> jax.Array:
         r"""Kullback-Leibler divergence :math:`KL(q \| p)` to another Gaussian, in nats.
@@ -267,7 +269,7 @@ class Posterior(NamedTuple):
 
 def divergence(q: Posterior, prior: Posterior) -> jax.Array:
     """The divergence of two Gaussians, NaN where a precision is."""
-    arrays = map_arrays(_densities.kl_divergence, q, prior.mean, prior.precision)
+    arrays = map_arrays(densities.kl_divergence, q, prior.mean, prior.precision)
     return _total(arrays)
 
 
@@ -282,10 +284,8 @@ def standard_normal(q: Posterior, key: jax.Array) -> optax.Params:
 
     def draw(mean, precision, leaf_key):
         # Without its sharding every device would draw the noise of all.
-        sharding = _sharding.in_type(mean)
-        return _noise.normal(
-            leaf_key, mean.shape, precision.dtype, out_sharding=sharding
-        )
+        sharding = in_type(mean)
+        return normal(leaf_key, mean.shape, precision.dtype, out_sharding=sharding)
 
     return map_arrays(draw, q, structure.unflatten(keys))
 
@@ -297,7 +297,7 @@ def drawn(
 
     def shift(mean, precision, noise):
         perturbation = _rules.perturbation(noise, precision)
-        theta = jnp.add(*_densities.wide(mean, perturbation))
+        theta = jnp.add(*wide(mean, perturbation))
         return theta.astype(dtype or mean.dtype)
 
     def cast(mean):
@@ -321,7 +321,7 @@ def map_arrays(fn, q, *rest, point_mass=lambda _: None):
     def leaf(mean, precision, *values):
         if precision is None:
             return point_mass(mean)
-        [precision] = _densities.wide(precision)
+        [precision] = wide(precision)
         return fn(jnp.asarray(mean), precision, *values)
 
     return jax.tree.map(leaf, q.mean, q.precision, *rest)
@@ -330,7 +330,7 @@ def map_arrays(fn, q, *rest, point_mass=lambda _: None):
 def _total(tree):
     """The sum over arrays, zero for none."""
     totals = jax.tree.leaves(tree)
-    return jnp.sum(jnp.stack(_densities.wide(*totals))) if totals else jnp.zeros([])
+    return jnp.sum(jnp.stack(wide(*totals))) if totals else jnp.zeros([])
 
 
 def _part(pairs, reference, index):

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import _checks
-from ._gaussian import Posterior
-from .predictive import mean_over_samples
+from .. import _checks
+from .._arrays.dtypes import wide
+from .._distributions.gaussian import Posterior
+from .samples import mean_over_samples
 
 
 def evidence_lower_bound(
@@ -78,8 +79,6 @@ def evidence_lower_bound(
 
     expected = mean_over_samples(loss, posterior, key, num_samples, args, of=loss_fn)
     divergence = posterior.kl_divergence(prior)
-    dtype = jnp.promote_types(expected.dtype, divergence.dtype)
-    ess, expected, divergence = (
-        jnp.asarray(x, dtype) for x in (ess, expected, divergence)
-    )
+    expected, divergence = wide(expected, divergence)
+    ess = jnp.asarray(ess, expected.dtype)
     return -(ess * expected + divergence)

@@ -6,10 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import _checks, _ranks, _rules
-from ._gradients import value_and_grad
-from ._mean import scan_mean
-from ._posterior import find_states, posterior, prior
+from .. import _checks, _rules
+from .._arrays import ranks
+from .._arrays.loops import scan_mean
+from .._optimizer.gradients import value_and_grad
+from .._optimizer.posterior import find_states, posterior, prior
 
 
 class Trained(NamedTuple):
@@ -87,7 +88,7 @@ def of_hess(arrays, hess_init, b2, num_steps):
     share = -jnp.expm1(jnp.maximum(count, 1.0) * log_b2)
     way = _total([h - hess_init for h in hess]) / size
     lowest, highest = _range(hess)
-    median = _ranks.lower_median(hess)
+    median = ranks.lower_median(hess)
     return {
         "hess_median": median,
         "hess_min": lowest,
@@ -96,7 +97,7 @@ def of_hess(arrays, hess_init, b2, num_steps):
         "hess_negative": _total([h <= 0 for h in hess]) / size,
         "hess_memory": jnp.exp(steps * log_b2),
         "hess_half_life": -math.log(2.0) / log_b2,
-        "hess_drift": _ranks.lower_median(drift),
+        "hess_drift": ranks.lower_median(drift),
         "hess_target": hess_init + way / share,
         "hess_decayed": _decayed(hess, median, hess_init, b2, share) / size,
         "hess_rounding": max(x.spacings[1] for x in arrays) / (1.0 - b2),
@@ -143,7 +144,7 @@ def of_loss(arrays, params, opt_state, b2, loss_fn, keys):
             value.astype(float),
             grads,
             norm2,
-            _ranks.lower_median(terms),
+            ranks.lower_median(terms),
             _total(terms) / size,
         )
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _sharding
-from ._gaussian import Posterior, each
+from .. import _checks
+from .._arrays.sharding import row
+from .gaussian import Posterior, each
 
 
 class Stacked(NamedTuple):
@@ -86,7 +87,7 @@ class Mixture(NamedTuple):
         index = _checks.member_index(index, self.num_members)
         if isinstance(index, int) and not self._is_stacked:
             return self.posteriors[index]
-        return jax.tree.map(lambda x: _sharding.row(x, index), self.stacked)
+        return jax.tree.map(lambda x: row(x, index), self.stacked)
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> optax.Params:
         r"""Draw :math:`\theta \sim q`, each time from a member drawn at random.

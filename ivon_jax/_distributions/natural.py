@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _densities
+from .._arrays.dtypes import wide
 
 
 class PointMass(NamedTuple):
@@ -33,7 +33,7 @@ def summable(mean):
     """The place of a point mass, in a dtype that holds sums of some."""
     mean = jnp.asarray(mean)
     if jnp.issubdtype(mean.dtype, jnp.floating):
-        [mean] = _densities.wide(mean)
+        [mean] = wide(mean)
     elif jnp.issubdtype(mean.dtype, jnp.integer):
         mean = mean.astype(jnp.int32) if mean.itemsize < 4 else mean
     return mean

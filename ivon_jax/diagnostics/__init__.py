@@ -68,9 +68,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _compiled, _measure
-from ._gaussian import divergence
-from ._posterior import find_states, mean, posterior, prior
+from .. import _checks
+from .._arrays import compiled
+from .._distributions.gaussian import divergence
+from .._optimizer.posterior import find_states, mean, posterior, prior
+from . import _measure
 
 DIVERGED = (
     "Training diverged, there are NaNs or infinities: lower the learning rate or warm "
@@ -270,7 +272,7 @@ def measure(
             numbers |= _measure.of_loss(arrays, params, opt_state, b2, loss_fn, keys)
         return {name: jnp.asarray(value, float) for name, value in numbers.items()}
 
-    return _compiled.call(run, params, opt_state, key, of=loss_fn or measure)
+    return compiled.call(run, params, opt_state, key, of=loss_fn or measure)
 
 
 def _number(value):

@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from . import _checks, _rules
-from ._estimate import Estimate
-from ._gaussian import Posterior
+from .. import _checks, _rules
+from .._arrays.dtypes import wide_dtype
+from .._distributions.gaussian import Posterior
+from .estimate import Estimate
 
 WEIGHT_DECAY = 1e-4
 # With h up to 1e15 the precision ess (h + weight_decay), and its inverse, are finite
@@ -320,7 +320,7 @@ def _accumulator(param, value):
 
     bfloat16 has 8 bits of precision: the Hessian could not move by 1e-5 of itself.
     """
-    dtype = np.promote_types(jnp.result_type(param), jnp.float32)
+    dtype = wide_dtype(param)
     # Of a scalar, `full_like` would return `value` itself, which may be the caller's.
     value = jnp.array(value, dtype)
     full = jnp.full_like(param, value, dtype=dtype)

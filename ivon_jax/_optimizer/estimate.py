@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _checks
+from .. import _checks
 
 # Scaling, clipping and centring move the first number, adding to it the second. An
 # average over equal ones moves neither.

@@ -1,0 +1,1 @@
+"""Arrays, whatever they hold: their dtypes, shardings, random bits, ranks and loops."""

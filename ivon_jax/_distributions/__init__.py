@@ -1,0 +1,1 @@
+"""Distributions over the weights: alone, mixed, and their natural parameters."""

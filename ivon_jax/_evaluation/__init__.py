@@ -1,0 +1,1 @@
+"""Functions under a posterior: means over its samples, and the linearised model."""
