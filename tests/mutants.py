@@ -25,6 +25,7 @@ import chex  # noqa: F401, here once, not in each process
 import flax.nnx  # noqa: F401
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax  # noqa: F401
 import orbax.checkpoint  # noqa: F401
 import pytest
@@ -127,6 +128,8 @@ def changed(by, value):
 def _changed(by, x):
     if callable(x) and not isinstance(x, type):
         return lambda *args, **options: changed(by, x(*args, **options))
+    if isinstance(x, np.dtype):
+        return jnp.dtype(jnp.bfloat16)
     if not isinstance(x, int | float) and not hasattr(x, "dtype"):
         return x
     dtype = jnp.result_type(x)

@@ -442,6 +442,7 @@ BAD_FISHER = [
     ),
     ({"inputs": {}}, ValueError, "`inputs` must have at least one array, got {}."),
     ({"inputs": np.float32(1)}, ValueError, "`inputs` must have one or more examples"),
+    ({"inputs": [[1.0], [2.0]]}, ValueError, "inputs[0][0]. Pass arrays, not lists."),
     (
         {"inputs": INPUTS | {"length": np.ones(3)}},
         ValueError,

@@ -87,6 +87,7 @@ def test_all_that_counts_is_changed():
     assert result["b"].dtype == jnp.bfloat16
     assert result["c"] == [4, False]
     assert mutants.changed("2", lambda x: x)(3.0) == 6.0
+    assert mutants.changed("nan", np.dtype(np.float32)) == jnp.bfloat16
     assert np.isnan(mutants.changed("nan", (x for x in [1.0]))[0])
 
 
