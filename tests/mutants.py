@@ -33,6 +33,7 @@ import sklearn.metrics  # noqa: F401
 
 TESTS = {  # for each module the files that must notice; its doctests come first
     "_rules": ["rules", "reference"],
+    "_arrays.dtypes": ["gaussian"],
     "_arrays.loops": ["gradients", "predictive", "loops"],
     "_arrays.noise": ["noise"],
     "_distributions.densities": ["gaussian", "posterior"],

@@ -399,6 +399,8 @@ def test_linearized_names_what_does_not_fit():
         predictive.linearized(lambda theta, x: affine(theta, x).sum(), q, x)
     with pytest.raises(ValueError, match="`x` must have one or more examples"):
         predictive.linearized(affine, q, jnp.ones(()))
+    with pytest.raises(ValueError, match=r"at x\[0\]. Pass arrays, not lists."):
+        predictive.linearized(affine, q, [1.0, 2.0])
 
 
 def test_the_derivative_of_entropy_is_finite_where_a_probability_is_zero():

@@ -421,6 +421,11 @@ BAD = {
         "`x` must have one or more examples along the first axis of every array, got "
         "shape () of it.",
     ),
+    "lists": (
+        {"x": [1.0, 2.0, 3.0]},
+        "`x` must have one or more examples along the first axis of every array, got "
+        "shape () at x[0]. Pass arrays, not lists.",
+    ),
     "no examples": (
         {"x": np.ones((0, 100))},
         "`x` must have one or more examples along the first axis of every array, got "
@@ -550,6 +555,14 @@ def test_padding_changes_no_estimate_of_a_sequence(diagonal):
         losses.append(alone["leave_one_out_loss"])
     mean = sum(losses) / float(where.sum())
     np.testing.assert_allclose(result["leave_one_out_loss"], mean, rtol=1e-10)
+
+
+def test_one_boolean_is_a_mask_of_all():
+    """Of Python's too, outside of `jit`."""
+    q, x, y = single_precision(network_problem(0))
+    expected = sensitivity.sensitivities(network, q, x, y)
+    result = sensitivity.sensitivities(network, q, x, y, where=True)
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
 
 
 def test_a_mask_of_examples_is_one_of_whole_sequences():
