@@ -1,6 +1,6 @@
 """LoRA with IVON in Flax NNX: a posterior over the adapters, the base frozen.
 
-    python benchmarks/lora_digits.py         # 40 s on two CPU cores; draws a picture
+    python benchmarks/lora_digits.py         # 40 s on two CPU cores
     python benchmarks/lora_digits.py --tune  # 6 min: the trials behind the defaults
 
 A network learns upright digits with AdamW. Then low-rank adapters, and nothing else,
@@ -8,18 +8,7 @@ learn digits turned by 90 degrees from 100 examples: once with AdamW, once with 
 each with the best of nine settings by NLL on 200 turned digits kept aside.
 `wrt=nnx.LoRAParam` is all it takes: the optimizer samples, trains and decays the
 adapters; the base comes out bit for bit as it went in, and that is checked.
-Expected on 699 other digits, mean ± standard error over three seeds:
-
-|             | accuracy % | NLL            | ECE           | Brier         |
-| ----------- | ---------- | -------------- | ------------- | ------------- |
-| before LoRA | 10.9 ± 0.2 | 14.567 ± 0.288 | 0.870 ± 0.003 | 1.740 ± 0.005 |
-| AdamW       | 70.3 ± 0.6 | 1.224 ± 0.075  | 0.062 ± 0.006 | 0.434 ± 0.011 |
-| IVON@mean   | 74.0 ± 1.1 | 1.509 ± 0.062  | 0.163 ± 0.003 | 0.418 ± 0.014 |
-| IVON        | 73.6 ± 1.0 | 1.105 ± 0.041  | 0.080 ± 0.011 | 0.389 ± 0.012 |
-
-IVON's best Hessian initialisation, 3, is the largest of its three, and AdamW's ECE is
-the lower: it stopped short of fitting its 100 examples, with a smaller learning rate
-than the most accurate one.
+It is tested on 699 other digits.
 
 `--mc_samples 2 --microbatches 2 --bfloat16 1` estimates the gradient from two samples
 of each half of a batch, in bfloat16; the default is one of the batch, in float32.
@@ -34,18 +23,16 @@ import itertools
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from common import flags
-from common.flags import Count, Picture, Positive, Switch
+from common import flags, results
+from common.flags import Count, Positive, Results, Switch
+from common.scores import DIGITS, over_seeds, scores
 from flax import nnx
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import ivon_jax
 import ivon_jax.flax
-from ivon_jax import metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +52,7 @@ class Config:
     bfloat16: Switch = 0
     num_samples: Count = 64
     seeds: Count = 3
-    plot: Picture = "lora.png"
+    results: Results = "lora_digits.json"
 
 
 class Network(nnx.Module):
@@ -236,18 +223,6 @@ def compare(config, data, test, pretraining, names=("AdamW", "IVON")):
     return rows
 
 
-def scores(probs, labels):
-    """Accuracy in percent, NLL, ECE and Brier score."""
-    return np.array(
-        [
-            100 * metrics.accuracy(probs, labels),
-            metrics.negative_log_likelihood(probs, labels),
-            metrics.expected_calibration_error(probs, labels),
-            metrics.brier_score(probs, labels),
-        ]
-    )
-
-
 def table_rows(rows):
     """Yield (name, histories, "mean" or "samples") for each row of the table."""
     yield "before LoRA", rows["before"], "mean"
@@ -256,48 +231,20 @@ def table_rows(rows):
     yield "IVON", rows["IVON"], "samples"
 
 
-def print_table(rows, labels):
-    """Print mean ± standard error over the seeds; of one seed the error is nan."""
-    print(
-        "|             | accuracy % | NLL           | ECE           | Brier         |"
-    )
-    print(
-        "| ----------- | ---------- | ------------- | ------------- | ------------- |"
-    )
+def by_epoch(rows, labels):
+    """Yield the test NLL of every seed while the adapters learn."""
     for name, histories, kind in table_rows(rows):
-        seeds = np.array([scores(history[kind][-1], labels) for history in histories])
-        errors = seeds.std(axis=0) / (np.sqrt(len(seeds) - 1) or np.nan)
-        columns = zip(seeds.mean(axis=0), errors, (1, 3, 3, 3), strict=True)
-        cells = [f"{mean:.{d}f} ± {error:.{d}f}" for mean, error, d in columns]
-        print(f"| {name:11} | {' | '.join(cells)} |")
-
-
-def draw(path, rows, labels):
-    """Draw test NLL while the adapters learn, mean and standard error."""
-    figure = Figure(figsize=(6, 3.5), dpi=200, layout="constrained")
-    axes = figure.subplots()
-    colors = {"AdamW": "#D55E00", "IVON@mean": "#56B4E9", "IVON": "#0072B2"}
-    for name, histories, kind in table_rows(rows):
-        if name not in colors:
-            continue
-        nll = np.array(
-            [[scores(p, labels)[1] for p in history[kind]] for history in histories]
-        )
-        epochs, mean = histories[0]["epoch"], nll.mean(axis=0)
-        error = nll.std(axis=0) / np.sqrt(max(1, len(nll) - 1))
-        axes.plot(epochs, mean, color=colors[name], label=name)
-        axes.fill_between(
-            epochs, mean - error, mean + error, color=colors[name], alpha=0.2, lw=0
-        )
-    axes.set(xlabel="epoch", ylabel="test NLL (nats)", yscale="log")
-    axes.set_title("Adapters for turned digits, from 100 examples")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path)
+        for epochs, *runs in zip(
+            histories[0]["epoch"],
+            *(history[kind] for history in histories),
+            strict=True,
+        ):
+            nll = [float(scores(probs, labels)["NLL"]) for probs in runs]
+            yield {"system": name, "epoch": epochs, "NLL": nll}
 
 
 def tune(config, data, validation, pretraining):
-    """Print the validation scores of nine settings of each optimizer."""
+    """Yield the validation scores of nine settings of each optimizer."""
     grids = {
         "AdamW": ("adamw_lr", (1e-3, 3e-3, 1e-2), "adamw_weight_decay", (1e-2, 0.1, 1)),
         "IVON": ("ivon_lr", (0.03, 0.1, 0.3), "ivon_hess_init", (0.3, 1.0, 3.0)),
@@ -309,9 +256,8 @@ def tune(config, data, validation, pretraining):
             trial = dict(zip((first, second), values, strict=True))
             candidate = dataclasses.replace(config, **trial)
             rows = compare(candidate, data, images, pretraining, (name,))
-            results = [scores(history[kind][-1], labels) for history in rows[name]]
-            accuracy, nll, *_ = np.mean(results, axis=0)
-            print(f"{name}: accuracy {accuracy:.1f} %, NLL {nll:.3f} with {trial}")
+            seeds = [scores(history[kind][-1], labels) for history in rows[name]]
+            yield {"system": name, **trial, **over_seeds(seeds)}
 
 
 def parse_args():
@@ -324,16 +270,24 @@ def parse_args():
 
 
 def main():
-    """Pretrain, fine-tune, print the table, draw the picture; or tune."""
+    """Pretrain, fine-tune and keep the scores; or tune."""
     config, tuning = parse_args()
     pretraining, data, validation, (images, labels) = load_splits()
     flags.check_batch_size(config.batch_size, len(data[1]))
+    study = results.Study(config)
     if tuning:
-        tune(config, data, validation, pretraining)
+        study.table("trials", tune(config, data, validation, pretraining), DIGITS)
         return
     rows = compare(config, data, images, pretraining)
-    print_table(rows, labels)
-    draw(config.plot, rows, labels)
+    test = [
+        {
+            "system": name,
+            **over_seeds([scores(history[kind][-1], labels) for history in histories]),
+        }
+        for name, histories, kind in table_rows(rows)
+    ]
+    study.table("test", test, DIGITS)
+    study.table("test by epoch", by_epoch(rows, labels), DIGITS)
 
 
 if __name__ == "__main__":

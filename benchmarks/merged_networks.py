@@ -4,22 +4,9 @@
 
 One network learns plain digits, then copies of it are fine-tuned on digits that are
 turned, shifted, blurred and inverted, and merged (paper, section 4.3.2 and Table 5).
-Scales are chosen on validation images. Test accuracy in per cent, mean ± standard
-error over five seeds; the program prints a column for each domain:
-
-|  | average | scale | passes |
-| --- | --- | --- | --- |
-| base | 47.1 ± 0.5 |  |  |
-| fine-tuned, all tasks | 41.5 ± 0.3 |  |  |
-| fine-tuned, own task | 96.8 ± 0.2 |  |  |
-| task arithmetic | 56.2 ± 0.7 | 0.3 | 0 |
-| SG | 65.7 ± 2.5 | 1 | 6 |
-| IVON, h0 by SG | 67.5 ± 2.8 | 1.4 | 1 |
-| IVON | 66.2 ± 2.0 | 1 | 0 |
-
-Hessians are worth ten points over task arithmetic. IVON's, which are there when
-training ends, merge as well as the squared-gradient Fisher (SG), which takes another
-pass over each task's data and the base's.
+Scales are chosen on validation images. "Passes" are those over a data set besides
+training: IVON's Hessians are there when it ends, the squared-gradient Fisher (SG) takes
+another pass over each task's data and the base's.
 
 Toy size: `--pretrain_steps 30 --steps 30 --seeds 1`
 """
@@ -32,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import flags
-from common.flags import Count, Picture, Positive
-from matplotlib.figure import Figure
+from common import flags, networks, results, tables, training
+from common.flags import Count, Positive, Results
 from scipy import ndimage
 from sklearn.datasets import load_digits
 from tqdm import tqdm
@@ -50,13 +36,8 @@ DOMAINS = {  # what each task does to images, (N, 8, 8)
     "inverted": lambda images: 1 - images,
 }
 SCALES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.0)
-# Passes over a data set besides training, then color and marker.
-MERGERS = {
-    "task arithmetic": (0, "#999999", "s"),
-    "SG": (6, "#D55E00", "^"),
-    "IVON, h0 by SG": (1, "#009E73", "v"),
-    "IVON": (0, "#0072B2", "o"),
-}
+# Passes over a data set besides training.
+MERGERS = {"task arithmetic": 0, "SG": 6, "IVON, h0 by SG": 1, "IVON": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +54,7 @@ class Config:
     forget: Positive = 3.0  # in the end, exp(-3) of hess_init is left in h
     weight_decay: float = 1e-4
     seeds: Count = 5
-    plot: Picture = "merging.png"
+    results: Results = "merged_networks.json"
 
 
 def turned(images, degrees):
@@ -96,30 +77,6 @@ def load_splits():
     return list(zip(*splits, strict=True))
 
 
-def init(key, hidden):
-    """Return the parameters of a network with two hidden layers."""
-    shapes = [(64, hidden), (hidden, hidden), (hidden, 10)]
-    draw = jax.nn.initializers.he_normal()
-    return [
-        {"kernel": draw(key, shape), "bias": jnp.zeros(shape[1])}
-        for key, shape in zip(jax.random.split(key, 3), shapes, strict=True)
-    ]
-
-
-def apply(params, images):
-    """Map images, (..., 64), to the logits of the ten digits, (..., 10)."""
-    *hidden, last = params
-    for layer in hidden:
-        images = jax.nn.relu(images @ layer["kernel"] + layer["bias"])
-    return images @ last["kernel"] + last["bias"]
-
-
-def loss_fn(params, images, labels):
-    """Mean cross-entropy of a batch."""
-    logits = apply(params, images)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
 @functools.partial(jax.jit, static_argnames=("num_steps", "config"))
 def train(key, params, images, labels, num_steps, config):
     """Train with IVON; return the parameters, and the Hessian by IVON and by SG."""
@@ -132,23 +89,18 @@ def train(key, params, images, labels, num_steps, config):
         weight_decay=config.weight_decay,
     )
 
-    def step(carry, step_key):
-        params, opt_state = carry
-        batch_key, noise_key = jax.random.split(step_key)
-        batch = jax.random.randint(batch_key, (config.batch_size,), 0, num_train)
-        theta = ivon_jax.sample(noise_key, params, opt_state)
-        grads = jax.grad(loss_fn)(theta, images[batch], labels[batch])
-        updates, opt_state = tx.update(grads, opt_state, params, sample=theta)
-        return (optax.apply_updates(params, updates), opt_state), None
-
-    carry = params, tx.init(params)
-    step_keys = jax.random.split(step_key, num_steps)
-    (params, opt_state), _ = jax.lax.scan(step, carry, step_keys)
+    method, carry = training.gaussian(tx), (params, tx.init(params))
+    step_keys, data = jax.random.split(step_key, num_steps), (images, labels)
+    params, opt_state = training.random_steps(
+        method, config.batch_size, carry, step_keys, data
+    )
     [state] = ivon_jax.find_states(opt_state)
     # `h` is a mean over examples, and its noise may take it a little below zero.
     hess = jax.tree.map(lambda h: num_train * jnp.maximum(h, 0), state.hess)
     # SG needs another pass over the data.
-    squares = merging.diagonal_fisher(apply, params, label_key, images, chunk_size=100)
+    squares = merging.diagonal_fisher(
+        networks.apply, params, label_key, images, chunk_size=100
+    )
     return params, hess, squares
 
 
@@ -156,7 +108,8 @@ def train(key, params, images, labels, num_steps, config):
 def accuracies(params, split):
     """Accuracy in percent on each of the five domains, (5,)."""
     images, labels = split
-    return 100 * jnp.mean(apply(params, images[1:]).argmax(-1) == labels, axis=-1)
+    predicted = networks.apply(params, images[1:]).argmax(-1)
+    return 100 * jnp.mean(predicted == labels, axis=-1)
 
 
 @jax.jit
@@ -177,7 +130,8 @@ def run(key, config, splits, bar):
     """Return each method's test accuracies, (5,); of a merger, what `merge` returns."""
     (images, labels), validation, test = splits
     init_key, pretrain_key, finetune_key = jax.random.split(key, 3)
-    params, steps = init(init_key, config.hidden), config.pretrain_steps
+    params = networks.init(init_key, (64, config.hidden, config.hidden, 10))
+    steps = config.pretrain_steps
     base, *base_hessians = train(pretrain_key, params, images[0], labels, steps, config)
     finetuned, ivon, squares = [], [], []
     for domain in images[1:]:
@@ -204,64 +158,41 @@ def run(key, config, splits, bar):
     }
 
 
-def at_best_scales(results):
+def at_best_scales(runs):
     """Return each seed's best scale by validation, and its test accuracies there."""
-    best = results[:, :, 0].mean(-1).argmax(1)
-    return np.array(SCALES)[best], results[np.arange(len(best)), best, 1]
+    best = runs[:, :, 0].mean(-1).argmax(1)
+    return np.array(SCALES)[best], runs[np.arange(len(best)), best, 1]
 
 
-def print_table(results):
-    """Print test accuracies: mean ± standard error over seeds; of one it is nan."""
-    columns = ["", *DOMAINS, "average", "scale", "passes"]
-    print(f"| {' | '.join(columns)} |")
-    print("| --- " * len(columns) + "|")
-    for name, values in results.items():
-        scale = passes = ""
+def table_rows(runs):
+    """Yield each method's test accuracies, and a merger's scales."""
+    for name, values in runs.items():
+        scales = None
         if name in MERGERS:
             scales, values = at_best_scales(values)
-            scale, passes = f"{np.median(scales):g}", MERGERS[name][0]
-        columns = np.column_stack([values, values.mean(-1)])
-        errors = columns.std(0) / (np.sqrt(len(values) - 1) or np.nan)
-        pairs = zip(columns.mean(0), errors, strict=True)
-        cells = [f"{mean:.1f} ± {error:.1f}" for mean, error in pairs]
-        print(f"| {name} | {' | '.join(cells)} | {scale} | {passes} |")
-
-
-def draw(path, results):
-    """Draw the average test accuracy against the scale of the merge."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    lines = (("fine-tuned, own task", "--"), ("base", ":"))
-    for name, style in lines:
-        axes.axhline(results[name].mean(), color="black", ls=style, lw=1.2, label=name)
-    for name, (_, color, marker) in MERGERS.items():
-        seeds = results[name][:, :, 1].mean(-1)
-        error = seeds.std(0) / np.sqrt(max(len(seeds) - 1, 1))
-        style = {"color": color, "marker": marker, "ms": 5, "capsize": 2}
-        axes.errorbar(SCALES, seeds.mean(0), error, label=name, **style)
-    axes.set(xscale="log", xlabel="scale of the merge", ylabel="test accuracy (%)")
-    axes.set_xticks((0.1, 0.2, 0.5, 1, 2, 4), ("0.1", "0.2", "0.5", "1", "2", "4"))
-    axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("One network for five domains, average accuracy")
-    figure.legend(loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=130)
+        row = tables.record({"system": name}, DOMAINS, values.T)
+        yield row | {
+            "average": values.mean(-1),
+            "passes": MERGERS.get(name),
+            "scale": scales,
+        }
 
 
 def main():
-    """Train and merge on every seed, print the table and draw the picture."""
+    """Train and merge on every seed."""
     config, splits = flags.parse(Config, __doc__), load_splits()
     flags.check_forget(config.forget, min(config.pretrain_steps, config.steps))
-    results = collections.defaultdict(list)
+    study, runs = results.Study(config), collections.defaultdict(list)
     total = config.seeds * len(DOMAINS)
     with tqdm(total=total, unit="network", leave=False) as bar:
         for seed in range(config.seeds):
             for name, values in run(jax.random.key(seed), config, splits, bar).items():
-                results[name].append(np.asarray(values))
-    results = {name: np.stack(seeds) for name, seeds in results.items()}
-    print_table(results)
-    draw(config.plot, results)
-    print(f"\nThe picture is {config.plot}.")
+                runs[name].append(np.asarray(values))
+    runs = {name: np.stack(seeds) for name, seeds in runs.items()}
+    digits = dict.fromkeys((*DOMAINS, "average", "scale"), 1)
+    study.table("accuracy %", table_rows(runs), digits)
+    averages = {name: runs[name][:, :, 1].mean(-1) for name in MERGERS}
+    study.curves("average accuracy % by scale", {"scale": SCALES} | averages)
 
 
 if __name__ == "__main__":

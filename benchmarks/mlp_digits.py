@@ -1,26 +1,17 @@
 """Handwritten digits with AdamW and with IVON: which of the two knows when it errs?
 
-    python benchmarks/mlp_digits.py           # 25 s on two CPU cores; draws digits.png
+    python benchmarks/mlp_digits.py           # 25 s on two CPU cores
     python benchmarks/mlp_digits.py --tune    # 3 min: the trials behind the defaults
 
 A small network learns 898 digits and is tested on 899 others. Each optimizer has the
 best of 20 settings, by accuracy on a third of the training half after all 400 epochs:
 learning rate by weight decay for AdamW, by Hessian initialisation for IVON, then b2 for
 both. IVON@mean predicts with the posterior's mean, IVON with 64 samples of it.
-Expected, mean ± standard error over three seeds:
 
-|           | accuracy % | NLL           | ECE           | Brier         | seconds   |
-| --------- | ---------- | ------------- | ------------- | ------------- | --------- |
-| AdamW     | 94.8 ± 0.1 | 0.260 ± 0.008 | 0.031 ± 0.001 | 0.084 ± 0.001 | 0.8 ± 0.0 |
-| IVON@mean | 94.5 ± 0.1 | 0.255 ± 0.007 | 0.037 ± 0.001 | 0.088 ± 0.002 | 2.3 ± 0.1 |
-| IVON      | 94.6 ± 0.1 | 0.196 ± 0.003 | 0.021 ± 0.001 | 0.081 ± 0.002 | 2.3 ± 0.1 |
-
-Tuned by validation NLL instead (`--adamw_lr 1e-3 --adamw_weight_decay 0.3 --adamw_b2
-0.9999 --ivon_b2 0.9997`) both gain: AdamW has 95.0 ± 0.2, 0.190 ± 0.012, 0.020 ± 0.002,
-0.077 ± 0.003, and IVON 95.1 ± 0.1, 0.172 ± 0.003, 0.017 ± 0.003, 0.074 ± 0.001. IVON
-takes longer here because the gradients of so small a network cost less than the noise
-of a sample. digits.png shows whose confidence can be believed. Processors round
-differently, and move the last digits; seconds are those of two free cores.
+The settings of `--adamw_lr 1e-3 --adamw_weight_decay 0.3 --adamw_b2 0.9999 --ivon_b2
+0.9997` are the best by validation NLL. IVON takes longer here because the gradients of
+so small a network cost less than the noise of a sample. Shuffled digits are those whose
+pixels are in an order of its own for each image: the same ink, and no digit.
 
 Toy size: `--epochs 2 --seeds 1`
 """
@@ -35,16 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import flags
-from common.flags import Count, Fraction, Picture, Positive
+from common import datasets, flags, results
+from common.flags import Count, Fraction, Positive, Results
+from common.scores import DIGITS, over_seeds, scores
 from flax import nnx
-from matplotlib.figure import Figure
-from sklearn.calibration import calibration_curve
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import ivon_jax
-from ivon_jax import metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +49,10 @@ class Config:
     ivon_hess_init: Positive = 0.3
     ivon_b2: Fraction = 0.9999  # averages the Hessian over more than the 6800 steps
     num_samples: Count = 64
-    plot: Picture = "digits.png"
+    results: Results = "mlp_digits.json"
+
+
+SURE = "% of shuffled digits, over 90 % sure"
 
 
 class Network(nnx.Module):
@@ -76,19 +67,6 @@ class Network(nnx.Module):
         """Map images, (N, 64), to the logits of the ten digits, (N, 10)."""
         hidden = nnx.relu(self.first(images))
         return self.last(nnx.relu(self.second(hidden)))
-
-
-def load_halves():
-    """Return (images, labels) of the first half, to train, and of the second, to test.
-
-    They are not shuffled: the digits come as they were collected, and those collected
-    later are the harder test.
-    """
-    digits = load_digits()
-    images = jnp.asarray(digits.data / 16, jnp.float32)
-    labels = jnp.asarray(digits.target, jnp.int32)
-    half = len(labels) // 2
-    return (images[:half], labels[:half]), (images[half:], labels[half:])
 
 
 def optimizers(config, num_train):
@@ -208,32 +186,18 @@ def compare(config, data, images):
     return rows
 
 
-def scores(probs, labels):
-    """Accuracy in percent, NLL, ECE and Brier score, in the order of the table."""
-    probs = probs[: len(labels)]  # what comes after is no digit
-    return (
-        100 * metrics.accuracy(probs, labels),
-        metrics.negative_log_likelihood(probs, labels),
-        metrics.expected_calibration_error(probs, labels),
-        metrics.brier_score(probs, labels),
-    )
+def table_rows(rows, labels):
+    """Yield a record of each system's seeds."""
+    for name, runs in rows.items():
+        records = []
+        for probs, seconds in runs:
+            digits, shuffled = jnp.split(probs, 2)
+            sure = 100 * jnp.mean(shuffled.max(-1) > 0.9)
+            records.append(scores(digits, labels) | {"seconds": seconds, SURE: sure})
+        yield {"system": name, **over_seeds(records)}
 
 
-def print_table(rows, labels):
-    """Print mean ± standard error over the seeds; of one seed the error is nan."""
-    print("|           | accuracy % | NLL           | ECE           ", end="")
-    print("| Brier         | seconds   |")
-    print("| --------- | ---------- | ------------- | ------------- ", end="")
-    print("| ------------- | --------- |")
-    for name, results in rows.items():
-        seeds = np.array([(*scores(probs, labels), time) for probs, time in results])
-        errors = seeds.std(axis=0) / (np.sqrt(len(seeds) - 1) or np.nan)
-        columns = zip(seeds.mean(axis=0), errors, (1, 3, 3, 3, 1), strict=True)
-        cells = [f"{mean:.{d}f} ± {error:.{d}f}" for mean, error, d in columns]
-        print(f"| {name:9} | {' | '.join(cells)} |")
-
-
-def tune(config, data):
+def tune(config, data, study):
     """Try 20 settings of each on the last third of the training half."""
     adamw, ivon = ("adamw_lr", "adamw_weight_decay"), ("ivon_lr", "ivon_hess_init")
     grid = itertools.product((3e-4, 1e-3, 3e-3, 1e-2), (0.1, 0.3, 1.0, 3.0))
@@ -245,11 +209,13 @@ def tune(config, data):
     ivon_b2s = (0.9997, 0.999, 0.9995, 0.9999, 0.99999)
     pairs = zip(adamw_b2s, ivon_b2s, strict=True)
     b2s = [{"adamw_b2": first, "ivon_b2": second} for first, second in pairs]
-    config = best_of(dataclasses.replace(config, **b2s[0]), data, trials)
-    print(best_of(config, data, b2s))
+    log = []
+    config = best_of(dataclasses.replace(config, **b2s[0]), data, trials, log)
+    print(best_of(config, data, b2s, log))
+    study.table("trials", log, DIGITS)
 
 
-def best_of(config, data, trials):
+def best_of(config, data, trials, log):
     """Return `config` with the trial of the best validation accuracy for each."""
     images, labels = data
     cut = 2 * len(labels) // 3
@@ -260,9 +226,9 @@ def best_of(config, data, trials):
         rows = compare(candidate, (images[:cut], labels[:cut]), images[cut:])
         for name in best:
             knobs = {k: v for k, v in trial.items() if k.startswith(name.lower())}
-            results = [scores(probs, labels[cut:])[:2] for probs, _ in rows[name]]
-            accuracy, nll = np.mean(results, axis=0)
-            print(f"{name}: accuracy {accuracy:.1f} %, NLL {nll:.3f} with {knobs}")
+            seeds = over_seeds([scores(probs, labels[cut:]) for probs, _ in rows[name]])
+            accuracy, nll = (float(np.mean(seeds[k])) for k in ("accuracy %", "NLL"))
+            log.append({"system": name, **knobs, "accuracy %": accuracy, "NLL": nll})
             if accuracy > best[name]:
                 best[name] = accuracy
                 winner = dataclasses.replace(winner, **knobs)
@@ -275,54 +241,6 @@ def shuffle_pixels(key, images):
     return jax.vmap(jax.random.permutation)(keys, images)
 
 
-def draw_reliability(axes, name, color, probs, labels):
-    """Draw accuracy against confidence, in bins that are equally full."""
-    confidence, correct = probs.max(-1), probs.argmax(-1) == np.asarray(labels)
-    accuracy, mean_confidence = calibration_curve(
-        correct.ravel(), confidence.ravel(), n_bins=30, strategy="quantile"
-    )
-    axes.plot(mean_confidence, accuracy, "o-", color=color, markersize=4, label=name)
-
-
-def draw_entropies(axes, name, color, digits, non_digits):
-    """Draw how undecided the predictions are, for digits and for what is none."""
-    edges, top = np.linspace(0, np.log(10), 24), 30
-    histograms = ((digits, color, "digits"), (non_digits, "0.45", "shuffled digits"))
-    for probs, shade, label in histograms:
-        entropy = jax.scipy.special.entr(probs).sum(-1)
-        share = 100 * np.histogram(entropy, edges)[0] / entropy.size
-        axes.stairs(share, edges, fill=True, color=shade, alpha=0.6, label=label)
-        if share[0] > top:
-            note, height = f"↑ {share[0]:.0f} %", (0.96 - 0.1 * len(axes.texts)) * top
-            axes.text(edges[1] + 0.04, height, note, color=shade, va="top")
-    sure = 100 * np.mean(non_digits.max(-1) > 0.9)
-    axes.set_title(f"{name} is over 90 % sure of\n{sure:.0f} % of the shuffled digits")
-    axes.set(xlabel="predictive entropy (nats)", ylim=(0, top))
-    axes.legend(frameon=False, loc="center right")
-
-
-def draw(path, rows, labels):
-    """Draw AdamW beside IVON, each with the predictions of all seeds."""
-    figure = Figure(figsize=(10, 3.5), dpi=200, layout="constrained")
-    reliability, *entropies = figure.subplots(1, 3)
-    adamw, _, ivon = (np.stack([p for p, _ in results]) for results in rows.values())
-    for name, color, probs, axes in (
-        ("AdamW", "#D55E00", adamw, entropies[0]),
-        ("IVON", "#0072B2", ivon, entropies[1]),
-    ):
-        digits, non_digits = np.split(probs, 2, axis=1)
-        draw_reliability(reliability, name, color, digits, labels)
-        draw_entropies(axes, name, color, digits, non_digits)
-    reliability.axline((1, 1), slope=1, color="0.7", linewidth=1, zorder=0)
-    reliability.set_title("Below the grey line,\na network is overconfident")
-    reliability.set(xlabel="confidence, in 30 equally full bins", ylabel="accuracy")
-    reliability.legend(frameon=False)
-    entropies[0].set_ylabel("images (%)")
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-
-
 def parse_args():
     """Return the Config of the command line, and whether to tune."""
     parser = flags.create_parser(Config, __doc__)
@@ -333,21 +251,20 @@ def parse_args():
 
 
 def main():
-    """Train, print the table, draw the picture; or tune."""
+    """Train and keep the table; or tune."""
     config, tuning = parse_args()
-    train_data, (images, labels) = load_halves()
+    train_data, (images, labels) = datasets.load_halves()
     num_train = len(train_data[1])
     flags.check_batch_size(
         config.batch_size, 2 * num_train // 3 if tuning else num_train
     )
+    study = results.Study(config)
     if tuning:
-        tune(config, train_data)
+        tune(config, train_data, study)
         return
     non_digits = shuffle_pixels(jax.random.key(config.seeds), images)
     rows = compare(config, train_data, jnp.concatenate([images, non_digits]))
-    print_table(rows, labels)
-    draw(config.plot, rows, labels)
-    print(f"\nThe picture is {config.plot}.")
+    study.table("test", table_rows(rows, labels), DIGITS | {SURE: 1})
 
 
 if __name__ == "__main__":

@@ -7,20 +7,12 @@
 A file has `images`, uint8 (N, 28, 28), and `labels`, and its last fifth is the test
 set. `--dataset digits` needs neither network nor file: scikit-learn's 1,797 digits of
 8x8 pixels, enlarged. The last command takes a minute on two CPU cores, with MNIST's
-10,000 test images: 8,000 to train on. Expected, from one seed:
+10,000 test images: 8,000 to train on.
 
-|           | accuracy % | NLL   | ECE   | Brier | seconds |
-| --------- | ---------- | ----- | ----- | ----- | ------- |
-| AdamW     |      99.05 | 0.038 | 0.009 | 0.017 |    11.5 |
-| IVON@mean |      99.10 | 0.035 | 0.010 | 0.017 |    15.7 |
-| IVON      |      99.10 | 0.041 | 0.015 | 0.019 |    15.7 |
-
-IVON@mean predicts with the posterior's mean, IVON with 64 samples of it. On a task so
-easy the two optimizers are level: of 2,000 images they miss 19 and 18. Each was tuned
-by NLL on a fifth of the training set, with 36 trials of learning rate, weight decay
-and, for IVON, hess_init, and with two more seeds for the best five. (hess_init=3 was as
-good, but is above the paper's range.) mnist.png shows the training loss and the
-test NLL of every epoch.
+IVON@mean predicts with the posterior's mean, IVON with 64 samples of it. Each optimizer
+was tuned by NLL on a fifth of the training set, with 36 trials of learning rate, weight
+decay and, for IVON, hess_init, and with two more seeds for the best five. (hess_init=3
+was as good, but is above the paper's range.)
 
 Stop it when you like, also by force: the same command continues from the checkpoint of
 the last epoch and, on a CPU, ends with the very bits of a run without a stop. `--fresh`
@@ -39,11 +31,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import checkpoints, data_files, flags
-from common.flags import Count, Fraction, Picture, Positive, Seed, Text
+from common import checkpoints, datasets, flags, results
+from common.flags import Count, Fraction, Positive, Results, Seed, Text
+from common.scores import DIGITS, scores
 from flax import linen as nn
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from sklearn.datasets import fetch_openml, load_digits
 from tqdm import tqdm
 
@@ -54,9 +45,7 @@ OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 ROWS = {"adamw": ["AdamW"], "ivon": ["IVON@mean", "IVON"]}  # of the table
 CHOICES = {"optimizer": [*ROWS, "both"], "dataset": [*OPENML, "digits"]}
 # These may differ between a checkpoint and the run that continues from it.
-FREE = ("optimizer", "dataset", "num_samples", "checkpoint_dir", "plot")
-ACCURACY, NLL = metrics.accuracy, metrics.negative_log_likelihood
-SCORES = (ACCURACY, NLL, metrics.expected_calibration_error, metrics.brier_score)
+FREE = ("optimizer", "dataset", "num_samples", "checkpoint_dir", "results")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +68,7 @@ class Config:
     curve_samples: Count = 8  # from the posterior, for the test NLL after each epoch
     num_samples: Count = 64  # from the posterior, for the table
     checkpoint_dir: Text = "checkpoints/mnist"
-    plot: Picture = "mnist.png"
+    results: Results = "mnist.json"
 
 
 class Network(nn.Module):
@@ -99,7 +88,7 @@ def load_data(config):
     """Return (images, labels) to train on, and (images, labels) to test on."""
     parts = 5  # of which the last is the test set
     if config.data:
-        images, labels = data_files.read_images(config.data, shape=(28, 28))
+        images, labels = datasets.read_images(config.data, shape=(28, 28))
     elif config.dataset == "digits":
         digits = load_digits()
         # 8x8 pixels in 0..16: enlarge each to 3x3 pixels, and add a margin of 2.
@@ -217,7 +206,10 @@ def fit(key, name, config, train_data, test_data, fresh):
 
             epoch_key = jax.random.fold_in(curve_key, epoch)
             rows = predict(epoch_key, name, state, test_data[0], config.curve_samples)
-            nll = [float(NLL(probs, test_data[1])) for probs in rows]
+            nll = [
+                float(metrics.negative_log_likelihood(probs, test_data[1]))
+                for probs in rows
+            ]
             # A new list, because Orbax may still be writing the last one.
             log = [*log, {"loss": loss, "test_nll": nll, "seconds": seconds}]
             folder.save(len(log), state, log)
@@ -250,31 +242,6 @@ def predict(key, name, state, images, num_samples):
     return [probs(state.params), sampled]
 
 
-def draw(path, logs):
-    """Draw the training loss and the test NLL of every epoch."""
-    figure = Figure(figsize=(10, 3.8), dpi=200, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, log in logs.items():
-        color = "#D55E00" if name == "adamw" else "#0072B2"
-        epochs = range(1, 1 + len(log))
-        losses = [epoch["loss"] for epoch in log]
-        left.plot(epochs, losses, color=color, label=ROWS[name][-1])
-        for i, row in enumerate(ROWS[name]):
-            style = ":" if row == "IVON@mean" else "-"
-            nll = [epoch["test_nll"][i] for epoch in log]
-            right.plot(epochs, nll, style, color=color, label=row)
-    left.set_title("Training loss (IVON: at its samples)")
-    right.set_title("Test NLL")
-    for axes in (left, right):
-        axes.set(xlabel="epoch", ylabel="nats per image", yscale="log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-
-
 def parse_args():
     """Return the Config of the command line, and whether to start afresh."""
     parser = flags.create_parser(Config, __doc__, **CHOICES)
@@ -285,25 +252,22 @@ def parse_args():
 
 
 def main():
-    """Train, or finish training; print the table and draw the curves."""
+    """Train, or finish training; keep the scores and the curves."""
     config, fresh = parse_args()
     train_data, (images, labels) = load_data(config)
     # One key for both: the same first weights, the same order of the images.
     fit_key, predict_key = jax.random.split(jax.random.key(config.seed))
-    lines, logs = [], {}
+    study, rows, logs = results.Study(config), [], {}
     for name in ROWS if config.optimizer == "both" else [config.optimizer]:
         state, log = fit(fit_key, name, config, train_data, (images, labels), fresh)
         predictions = predict(predict_key, name, state, images, config.num_samples)
         for row, probs in zip(ROWS[name], predictions, strict=True):
-            accuracy, *rest = (float(score(probs, labels)) for score in SCORES)
-            cells = [f"{100 * accuracy:10.2f}", *(f"{score:.3f}" for score in rest)]
             seconds = sum(epoch["seconds"] for epoch in log)
-            lines.append(f"| {row:9} | {' | '.join(cells)} | {seconds:7.1f} |")
+            values = scores(probs, labels) | {"seconds": seconds}
+            rows.append({"system": row, **values})
         logs[name] = log
-    print("|           | accuracy % | NLL   | ECE   | Brier | seconds |")
-    print("| --------- | ---------- | ----- | ----- | ----- | ------- |")
-    print(*lines, sep="\n")
-    draw(config.plot, logs)
+    study.table("test", rows, DIGITS | {"accuracy %": 2})
+    study.curves("by epoch", logs)
 
 
 if __name__ == "__main__":

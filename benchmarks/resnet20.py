@@ -10,18 +10,9 @@ normalisation, flips and crops, batches of 50, 200 epochs with a warm-up of 5 an
 cosine to zero, here moved at every step. That is a run for a GPU; the paper's
 accuracies after it are 90.0 % (AdamW), 91.9 % (SGD) and 92.7 % (IVON with 64 samples).
 `--preset quick` trains a smaller network on 5,000 images for 10 epochs, to see the loop
-work:
-
-|           | accuracy % | top-5 % | NLL   | ECE   | Brier | seconds |
-| --------- | ---------- | ------- | ----- | ----- | ----- | ------- |
-| AdamW     |       36.3 |    88.0 | 1.718 | 0.045 | 0.761 |      91 |
-| IVON@mean |       37.7 |    89.1 | 1.693 | 0.046 | 0.748 |     101 |
-| IVON      |       38.0 |    89.2 | 1.693 | 0.059 | 0.749 |     101 |
-
-from one seed of each (`--optimizer adamw`, `ivon`), 1,000 test images, with the best of
-two learning rates for AdamW (2e-3, 1e-2) and of four for IVON (0.2, 0.5, 1, 2) on other
-images. The images were JPEG files. IVON@mean predicts with the posterior's mean, IVON
-with 64 samples of it; after so few steps the posterior is still its initial value.
+work, with the best of two learning rates for AdamW (2e-3, 1e-2) and of four for IVON
+(0.2, 0.5, 1, 2) on other images: after so few steps the posterior is still its initial
+value. IVON@mean predicts with the posterior's mean, IVON with 64 samples of it.
 
 Stop it when you like: the same command continues from the checkpoint of the last epoch.
 
@@ -41,10 +32,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import checkpoints, data_files, flags
-from common.flags import Count, Fraction, Picture, Positive, Seed, Text
+from common import checkpoints, datasets, flags, results
+from common.flags import Count, Fraction, Positive, Results, Seed, Text
+from common.scores import DIGITS, scores
 from flax import nnx
-from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import fetch_openml
 from tqdm import tqdm
@@ -59,7 +50,7 @@ NUM_CLASSES = {"cifar10": 10, "cifar100": 100}
 ROWS = {"ivon": "IVON@mean", "adamw": "AdamW", "sgd": "SGD"}
 CHOICES = {"optimizer": ROWS, "dataset": OPENML}
 # These may differ between a checkpoint and the run that continues from it.
-FREE = ("num_samples", "max_to_keep", "checkpoint_dir", "plot")
+FREE = ("num_samples", "max_to_keep", "checkpoint_dir", "results")
 
 
 def check_depth(depth):
@@ -92,7 +83,7 @@ class Config:
     seed: Seed = 0
     max_to_keep: Count = 2  # checkpoints
     checkpoint_dir: Text = "checkpoints/resnet20"
-    plot: Picture = "resnet20.png"
+    results: Results = "resnet20.json"
 
 
 QUICK = dict(
@@ -312,7 +303,7 @@ def fit(key, model, optimizer, train_data, test_data, config):
                 bar.update(chunk)
                 folder.check()
             seconds = time.perf_counter() - start
-            test = scores(mean_probs(model, test_data[0]), test_data[1])
+            test = all_scores(mean_probs(model, test_data[0]), test_data[1])
             # A new list, because Orbax may still be writing the last one.
             entry = {"loss": float(np.mean(losses)), "seconds": seconds} | test
             log = [*log, entry]
@@ -355,47 +346,10 @@ def sampled_probs(key, model, optimizer, images, num_samples):
     return ivon_jax.predict(fn, posterior, key, num_samples)
 
 
-def scores(probs, labels):
+def all_scores(probs, labels):
     """Return the columns of the table."""
-    values = {
-        "accuracy %": 100 * metrics.accuracy(probs, labels),
-        "top-5 %": 100 * metrics.accuracy(probs, labels, k=5),
-        "NLL": metrics.negative_log_likelihood(probs, labels),
-        "ECE": metrics.expected_calibration_error(probs, labels),
-        "Brier": metrics.brier_score(probs, labels),
-    }
-    return {name: float(value) for name, value in values.items()}
-
-
-def print_table(rows, seconds):
-    """Print a line for each of {name: scores}, and the seconds of the training."""
-    columns = *next(iter(rows.values())), "seconds"
-    print(f"|           | {' | '.join(f'{column:10}' for column in columns)} |")
-    print(f"| --------- {'| ---------- ' * len(columns)}|")
-    for name, row in rows.items():
-        values = zip((*row.values(), seconds), (1, 1, 3, 3, 3, 0), strict=True)
-        cells = [f"{value:10.{digits}f}" for value, digits in values]
-        print(f"| {name:9} | {' | '.join(cells)} |")
-
-
-def draw(path, log, rows):
-    """Draw accuracy and NLL after every epoch, and what the samples make of the last.
-
-    The curves are those of the first row.
-    """
-    figure = Figure(figsize=(10, 3.8), dpi=200, layout="constrained")
-    name, *sampled = rows
-    panels = zip(figure.subplots(1, 2), ("accuracy %", "NLL"), strict=True)
-    for axes, column in panels:
-        curve = [epoch[column] for epoch in log]
-        axes.plot(range(1, 1 + len(log)), curve, color="#D55E00", label=name)
-        for row in sampled:
-            last = rows[row][column]
-            axes.plot(len(log), last, "*", color="#0072B2", markersize=12, label=row)
-        axes.set(xlabel="epoch", ylabel=f"test {column}")
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    top = {"top-5 %": 100 * metrics.accuracy(probs, labels, k=5)}
+    return {k: float(v) for k, v in (scores(probs, labels) | top).items()}
 
 
 def load_data(config):
@@ -458,7 +412,7 @@ def read_split(arrays, name, num_classes):
         images = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in files])
     else:
         images = arrays[f"{name}_images"]
-    return data_files.check_images(images, labels, num_classes, (32, 32, 3))
+    return datasets.check_images(images, labels, num_classes, (32, 32, 3))
 
 
 def parse_args():
@@ -477,22 +431,25 @@ def parse_args():
 
 
 def main():
-    """Train, or finish training; print the table and draw the curves."""
+    """Train, or finish training; keep the scores and the curve."""
     config = parse_args()
     train_data, (images, labels) = load_data(config)
     flags.check_batch_size(config.batch_size, len(train_data[1]))
+    study = results.Study(config)
     keys = jax.random.split(jax.random.key(config.seed), 3)
     init_key, train_key, predict_key = keys
     num_classes = NUM_CLASSES[config.dataset]
     model = ResNet(config.depth, config.width, num_classes, nnx.Rngs(init_key))
     optimizer = create_optimizer(model, config, len(train_data[1]))
     log = fit(train_key, model, optimizer, train_data, (images, labels), config)
-    rows = {ROWS[config.optimizer]: scores(mean_probs(model, images), labels)}
+    rows = {ROWS[config.optimizer]: all_scores(mean_probs(model, images), labels)}
     if config.optimizer == "ivon":
         probs = sampled_probs(predict_key, model, optimizer, images, config.num_samples)
-        rows["IVON"] = scores(probs, labels)
-    print_table(rows, sum(epoch["seconds"] for epoch in log))
-    draw(config.plot, log, rows)
+        rows["IVON"] = all_scores(probs, labels)
+    seconds = {"seconds": sum(epoch["seconds"] for epoch in log)}
+    rows = [{"system": name} | row | seconds for name, row in rows.items()]
+    study.table("test", rows, DIGITS | {"top-5 %": 1})
+    study.curves("by epoch", log)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,7 @@
     python benchmarks/task_sequence.py --data mnist.npz
 
 Each task permutes the pixels of the digits in an order of its own; when it is over its
-images are gone. Test accuracy in per cent, mean ± standard error over three seeds:
-
-|  | all five, at the end | each, when learned | first, at the end |
-| --- | --- | --- | --- |
-| AdamW | 52.7 ± 3.7 | 93.0 ± 0.2 | 29.0 ± 3.8 |
-| IVON, first prior | 58.8 ± 2.2 | 97.0 ± 0.2 | 29.2 ± 2.4 |
-| IVON, isotropic | 70.2 ± 2.2 | 97.3 ± 0.0 | 68.7 ± 1.4 |
-| IVON, posterior | 78.9 ± 2.4 | 96.9 ± 0.0 | 67.5 ± 5.2 |
-| IVON, joint | 99.0 ± 0.0 | 99.0 ± 0.0 | 99.1 ± 0.2 |
+images are gone.
 
 "First prior" fine-tunes with the weak prior around zero; "isotropic" stays near
 yesterday's mean, all weights alike; "posterior" is sequential Bayes. "Joint" has all
@@ -30,17 +22,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import data_files, flags
-from common.flags import Count, Picture, Positive
+from common import datasets, flags, networks, results, tables, training
+from common.flags import Count, Positive, Results
 from jax.flatten_util import ravel_pytree
-from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import ivon_jax
 
 NUM_TASKS = 5
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999")  # of the tasks
+COLUMNS = (
+    *("all five, at the end", "each, when learned"),
+    *("first, when learned", "first, at the end"),
+)
+CURVE = 5  # epochs between two points of the curves that are kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +59,14 @@ class Config:
     forget: Positive = 3.0  # in the end, exp(-3) of hess_init is left in h
     weight_decay: float = 1e-4  # the first prior's precision / number of examples
     seeds: Count = 3  # runs, each with permutations of its own
-    plot: Picture = "continual.png"
+    results: Results = "task_sequence.json"
 
 
 def load_data(path):
     """Return (images, labels) to train on and, a fifth of them, to test on."""
-    if path:
-        images, labels = data_files.read_images(path)
-        images = images / 255
-    else:
-        digits = load_digits()
-        images, labels = digits.images / 16, digits.target
+    images, labels = datasets.load_images(path)
     order = np.random.default_rng(0).permutation(len(labels))
-    images = jnp.asarray(images.reshape(len(labels), -1)[order], jnp.float32)
-    labels = jnp.asarray(labels[order], jnp.int32)
+    images, labels = images.reshape(len(labels), -1)[order], labels[order]
     cut = 4 * len(labels) // 5
     return (images[:cut], labels[:cut]), (images[cut:], labels[cut:])
 
@@ -89,33 +77,9 @@ def permute_pixels(key, images):
     return jnp.stack([jax.random.permutation(k, images, axis=1) for k in keys])
 
 
-def init(key, num_pixels, hidden):
-    """Return the parameters of a network with two hidden layers."""
-    shapes = [(num_pixels, hidden), (hidden, hidden), (hidden, 10)]
-    draw = jax.nn.initializers.he_normal()
-    return [
-        {"kernel": draw(key, shape), "bias": jnp.zeros(shape[1])}
-        for key, shape in zip(jax.random.split(key, 3), shapes, strict=True)
-    ]
-
-
-def apply(params, images):
-    """Map images to the logits of the ten digits."""
-    *hidden, last = params
-    for layer in hidden:
-        images = jax.nn.relu(images @ layer["kernel"] + layer["bias"])
-    return images @ last["kernel"] + last["bias"]
-
-
-def loss_fn(params, images, labels):
-    """Mean cross-entropy of a batch."""
-    logits = apply(params, images)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
 def accuracies(params, images, labels):
     """Accuracy in percent on each task, (5,)."""
-    return 100 * jnp.mean(apply(params, images).argmax(-1) == labels, axis=-1)
+    return 100 * jnp.mean(networks.apply(params, images).argmax(-1) == labels, axis=-1)
 
 
 def optimizer(prior, learning_rate, knob, num_train, config):
@@ -126,9 +90,7 @@ def optimizer(prior, learning_rate, knob, num_train, config):
     num_steps = config.epochs * (num_train // config.batch_size)
     schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
     if prior is None:
-        # AdamW has no posterior: each draw is the same, and `sample=` is ignored.
-        adamw = optax.with_extra_args_support(optax.adamw(schedule, weight_decay=knob))
-        return adamw, lambda _key, params, _opt_state: params
+        return training.point_mass(optax.adamw(schedule, weight_decay=knob))
     ivon = ivon_jax.ivon(
         schedule,
         ess=num_train,  # of this task: what was learned before is in the prior
@@ -136,30 +98,22 @@ def optimizer(prior, learning_rate, knob, num_train, config):
         b2=1 - config.forget / num_steps,
         prior=prior,
     )
-    return ivon, ivon_jax.sample
+    return training.gaussian(ivon)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def learn(key, params, prior, knobs, images, labels, tests, config):
     """Train on a task; return (params, opt_state), each epoch's accuracies on all."""
     num_train = len(labels)
-    tx, draw = optimizer(prior, *knobs, num_train, config)
-
-    def step(carry, step_key):
-        params, opt_state = carry
-        batch_key, noise_key = jax.random.split(step_key)
-        rows = jax.random.randint(batch_key, (config.batch_size,), 0, num_train)
-        theta = draw(noise_key, params, opt_state)
-        grads = jax.grad(loss_fn)(theta, images[rows], labels[rows])
-        updates, opt_state = tx.update(grads, opt_state, params, sample=theta)
-        return (optax.apply_updates(params, updates), opt_state), None
+    method = optimizer(prior, *knobs, num_train, config)
 
     def epoch(carry, step_keys):
-        carry, _ = jax.lax.scan(step, carry, step_keys)
+        data = images, labels
+        carry = training.random_steps(method, config.batch_size, carry, step_keys, data)
         return carry, accuracies(carry[0], *tests)
 
     keys = jax.random.split(key, (config.epochs, num_train // config.batch_size))
-    return jax.lax.scan(epoch, (params, tx.init(params)), keys)
+    return jax.lax.scan(epoch, (params, method[0].init(params)), keys)
 
 
 def make_methods(config, first, num_train):
@@ -189,7 +143,7 @@ def run(key, config, train, test, bar):
     tests = permute_pixels(order_key, test[0]), test[1]
     images, labels = permute_pixels(order_key, train[0]), train[1]
     num_train, num_pixels = train[0].shape
-    start = init(init_key, num_pixels, config.hidden)
+    start = networks.init(init_key, (num_pixels, config.hidden, config.hidden, 10))
     zeros = jax.tree.map(jnp.zeros_like, start)
     first = ivon_jax.Posterior.isotropic(zeros, config.weight_decay * num_train)
     everything = [(images.reshape(-1, num_pixels), jnp.tile(labels, NUM_TASKS))]
@@ -212,70 +166,40 @@ def run(key, config, train, test, bar):
     return curves, np.stack(precisions)
 
 
-def cell(values):
-    """Mean ± standard error over seeds; of one seed the error is nan."""
-    error = values.std() / (np.sqrt(len(values) - 1) or np.nan)
-    return f"{values.mean():.1f} ± {error:.1f}"
-
-
-def print_table(curves, epochs):
-    """Print accuracies on test images after all tasks, and when each was learned."""
-    columns = ("all five, at the end", "each, when learned")
-    columns = ("", *columns, "first, when learned", "first, at the end")
-    print(f"| {' | '.join(columns)} |")
-    print("| --- " * len(columns) + "|")
+def table_rows(curves, epochs):
+    """Yield accuracies on test images after all tasks, and when each was learned."""
     for name, seeds in curves.items():  # (seeds, tasks * epochs, tasks)
         end = seeds[:, -1]
         learned = seeds[:, epochs - 1 :: epochs].diagonal(axis1=1, axis2=2)
         learned = end if name == "IVON, joint" else learned
         columns = end.mean(1), learned.mean(1), learned[:, 0], end[:, 0]
-        print(f"| {name} | {' | '.join(map(cell, columns))} |")
-
-
-def draw(path, curves, epochs):
-    """Draw each task's accuracy as training goes through the tasks."""
-    curves = dict(curves)
-    joint = curves.pop("IVON, joint")[:, -1].mean()
-    figure = Figure(figsize=(13, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(curves), sharey=True)
-    for axes, (name, seeds) in zip(panels, curves.items(), strict=True):
-        mean = seeds.mean(0)
-        time = np.arange(1, len(mean) + 1) / epochs
-        for task, color in enumerate(COLORS):
-            begun = slice(task * epochs, None)
-            axes.plot(
-                time[begun], mean[begun, task], color=color, label=f"task {task + 1}"
-            )
-            axes.axvline(task, color="0.85", lw=0.8, zorder=0)
-        axes.axhline(joint, color="black", ls="--", lw=1, label="all tasks at once")
-        axes.set(xlim=(0, NUM_TASKS), ylim=(0, 100), xlabel="tasks trained on")
-        axes.set_title(f"{name}\n{mean[-1].mean():.0f} % at the end", fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("test accuracy (%)")
-    legend = panels[0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(path, dpi=120)
+        yield tables.record({"system": name}, COLUMNS, columns)
 
 
 def main():
-    """Go through the tasks on every seed; print the table and draw the picture."""
+    """Go through the tasks on every seed; keep what is forgotten."""
     config = flags.parse(Config, __doc__)
     data = load_data(config.data)
     flags.check_batch_size(config.batch_size, len(data[0][1]))
     num_steps = config.epochs * (len(data[0][1]) // config.batch_size)
     flags.check_forget(config.forget, num_steps)
-    runs = []
+    study, runs = results.Study(config), []
     total = config.seeds * (4 * NUM_TASKS + 1)
     with tqdm(total=total, unit="task", leave=False) as bar:
         for seed in range(config.seeds):
             runs.append(run(jax.random.key(seed), config, *data, bar))
     curves, precisions = zip(*runs, strict=True)
     curves = {name: np.stack([c[name] for c in curves]) for name in curves[0]}
-    print_table(curves, config.epochs)
-    steps = ", ".join(f"{p:.0f}" for p in np.mean(precisions, axis=0))
-    print(f"\nMean precision of IVON's posterior after each task: {steps}.")
-    draw(config.plot, curves, config.epochs)
-    print(f"The picture is {config.plot}.")
+    study.table(
+        "accuracy %", table_rows(curves, config.epochs), dict.fromkeys(COLUMNS, 1)
+    )
+    after = [
+        {"task": 1 + task, "mean precision": seeds}
+        for task, seeds in enumerate(np.transpose(precisions))
+    ]
+    study.table("IVON, posterior", after, {"mean precision": 0})
+    means = {name: c.mean(0)[CURVE - 1 :: CURVE] for name, c in curves.items()}
+    study.curves(f"mean accuracy %, every {CURVE} epochs", means)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Every study runs at the toy size that its first lines name, and checks its flags.
 
-`WHOLE_STUDIES=1 pytest tests/test_studies.py -k header` runs whole studies, for a
-quarter of an hour, and compares what they print with their headers.
+`WHOLE_STUDIES=1 pytest tests/test_studies.py -k whole` measures again, for a quarter of
+an hour, and compares with benchmarks/results.
 """
 
-import ast
 import dataclasses
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -17,7 +17,8 @@ import sys
 import numpy as np
 import pytest
 from common import flags
-from matplotlib.figure import Figure
+from common.results import load
+from scipy.stats import sem
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = *(ROOT / "benchmarks").glob("*.py"), ROOT / "examples" / "gpt2.py"
@@ -45,52 +46,51 @@ WITH_IMAGES = [
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_study_runs_prints_a_table_and_saves_its_picture(path, tmp_path):
+def test_study_runs_and_keeps_tables(path, tmp_path):
     """With warnings as errors, in a folder of its own."""
     toy = re.search(r"^Toy size: `(.*)`", path.read_text(), re.MULTILINE).group(1)
     printed = tables(run(path, tmp_path, "-W", "error", flags=shlex.split(toy)))
     assert printed
-    assert list(tmp_path.glob("*.png"))
-    rows = {row[0] for table in printed for row in table}
-    words = {word for t in printed for row in t for c in row for word in c.split()}
-    for titles, *others in tables(docstring(path)):
-        assert set(" ".join(titles[1:]).split()) <= words
-        if path.stem != "resnet20":  # which prints one optimizer at a time
-            assert {row[0] for row in others} <= rows
+    if path.stem == "gpt2":
+        assert list(tmp_path.glob("*.png"))
+        return
+    [file] = tmp_path.glob("*.json")
+    kept = json.loads(file.read_text())
+    assert file.stem == kept["study"] == path.stem
+    for table, rows in zip(printed, kept["tables"].values(), strict=True):
+        assert table[0] == list(rows["rows"][0])
+        assert len(table) == 1 + len(rows["rows"])
+    for name, result in load().items():
+        if result["study"] == path.stem and result["source"] == "run":
+            assert layout(kept).items() <= layout(result).items(), name
+
+
+def layout(result):
+    """The columns of each table, but that of trials, which a run may do without."""
+    found = {name: list(t["rows"][0]) for name, t in result["tables"].items()}
+    return {name: columns for name, columns in found.items() if name != "trials"}
 
 
 @pytest.mark.skipif("not os.environ.get('WHOLE_STUDIES')", reason="15 minutes")
 @pytest.mark.parametrize("name", WITHOUT_FILES + WITH_IMAGES)
-def test_header_is_what_the_study_prints(name, tmp_path):
-    """Within three standard errors, because machines round differently."""
+def test_a_whole_study_measures_what_is_kept(name, tmp_path):
+    """Within three standard errors of each, because machines round differently."""
     path = ROOT / "benchmarks" / f"{name}.py"
-    expected = cells(docstring(path))
-    printed = cells(run(path, tmp_path))
-    assert expected.keys() <= printed.keys()
-    for place in (place for place in expected if place[1] != "seconds"):
-        (mean, error), (other, _) = expected[place], printed[place]
-        assert abs(mean - other) <= 3 * error + 0.002 * abs(mean), place
-
-
-def test_readme_has_the_table_of_the_quickstart():
-    [table] = tables(docstring(ROOT / "benchmarks" / "mlp_digits.py"))
-    assert table in tables((ROOT / "README.md").read_text())
-
-
-def test_labels_of_two_bars_that_are_cut_do_not_overlap():
-    """Where over 30 % of the digits and of the others are sure."""
-    digits = importlib.import_module("mlp_digits")
-    figure = Figure(figsize=(10, 3.5), dpi=200, layout="constrained")
-    sure = np.eye(10)[np.zeros(100, int)]
-    _, axes, _ = figure.subplots(1, 3)
-    digits.draw_entropies(axes, "AdamW", "#D55E00", sure, sure)
-    figure.draw_without_rendering()
-    first, second = (text.get_window_extent() for text in axes.texts)
-    assert not first.overlaps(second)
+    run(path, tmp_path)
+    measured = json.loads((tmp_path / f"{name}.json").read_text())
+    expected = load()[name]
+    for title, table in expected["tables"].items():
+        rows = zip(table["rows"], measured["tables"][title]["rows"], strict=True)
+        for row, other in rows:
+            for column in (c for c in row if isinstance(row[c], list)):
+                means = [np.mean(x[column]) for x in (row, other)]
+                error = np.hypot(*(sem(x[column]) for x in (row, other)))
+                limit = 3 * error + 0.002 * abs(means[0])
+                assert column == "seconds" or abs(means[0] - means[1]) <= limit, row
 
 
 def run(path, folder, *options, flags=()):
-    """What an example prints."""
+    """What a script prints."""
     result = subprocess.run(
         [sys.executable, *options, path, *flags],
         cwd=folder,
@@ -103,10 +103,6 @@ def run(path, folder, *options, flags=()):
     return result.stdout
 
 
-def docstring(path):
-    return ast.get_docstring(ast.parse(path.read_text()))
-
-
 def tables(text):
     """The tables of a text, lists of rows of cells without their spaces."""
     found = re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE)
@@ -115,18 +111,6 @@ def tables(text):
         [[" ".join(cell.split()) for cell in row] for row in (top, *rest)]
         for top, _, *rest in rows
     ]
-
-
-def cells(text):
-    """{(row, column): (mean, standard error)}, of the first table that has it."""
-    found = {}
-    for titles, *rows in tables(text):
-        for name, *row in rows:
-            for title, cell in zip(titles[1:], row, strict=True):
-                if "±" in cell:
-                    values = tuple(map(float, cell.split("±")))
-                    found.setdefault((name, title), values)
-    return found
 
 
 def refused(name, capsys, monkeypatch, *arguments):
@@ -160,21 +144,22 @@ def test_numbers_that_no_run_can_mean_are_refused(name, capsys, monkeypatch, tmp
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_picture_that_cannot_be_written_is_refused(
-    name, capsys, monkeypatch, tmp_path
-):
+def test_a_file_that_cannot_be_written_is_refused(name, capsys, monkeypatch, tmp_path):
     """Also that of the default: here a folder has its name."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / importlib.import_module(name).Config.plot).mkdir()
+    field, ending = ("plot", ".png") if name == "gpt2" else ("results", ".json")
+    default = getattr(importlib.import_module(name).Config, field)
+    (tmp_path / default).mkdir()
     (tmp_path / "file").touch()
     cases = {
-        (): "must be writable",
-        ("--plot", "missing/a.png"): "must be writable (No such file or directory)",
-        ("--plot", "file/a.png"): "must be writable (Not a directory)",
-        ("--plot", "a.xyz"): "must end in .png, ",
-        ("--plot", ""): "must end in .png, ",
+        "": "must be writable",
+        f"missing/a{ending}": "must be writable (No such file or directory)",
+        f"file/a{ending}": "must be writable (Not a directory)",
+        "a.xyz": f"must end in {ending}",
+        " ": f"must end in {ending}",
     }
-    for arguments, message in cases.items():
+    for path, message in cases.items():
+        arguments = [f"--{field}", path.strip()] if path else []
         assert message in refused(name, capsys, monkeypatch, *arguments)
 
 

@@ -1,1 +1,1 @@
-"""What the examples share: checked flags, data files and checkpoints."""
+"""What the studies share: flags, data, networks, training, results, checkpoints."""

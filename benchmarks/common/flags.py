@@ -6,7 +6,7 @@ The type of a field says what its flag may be:
     class Config:
         epochs: flags.Count = 400
         weight_decay: float = 0.1
-        plot: flags.Picture = "digits.png"
+        results: flags.Results = "mlp_digits.json"
 
     config = flags.parse(Config, __doc__)
 
@@ -24,7 +24,6 @@ from typing import Annotated, get_origin
 import numpy as np
 
 LARGEST = 2**31 - 1
-PICTURES = ".png", ".jpg", ".pdf", ".svg"
 
 
 def between(low, high=LARGEST):
@@ -56,18 +55,22 @@ def one_line(value):
         raise ValueError("must not be empty")
 
 
-def picture(path):
-    """Try to write where the picture will be, and leave no trace."""
-    path = pathlib.Path(path)
-    if path.suffix.lower() not in PICTURES:
-        raise ValueError(f"must end in {', '.join(PICTURES)}")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent) as file:
-            file.write(bytes(1024))
-        if path.exists():
-            path.open("ab").close()
-    except OSError as error:
-        raise ValueError(f"must be writable ({error.strerror})") from None
+def file_of(*endings):
+    """Return a check of paths: try to write there, and leave no trace."""
+
+    def check(path):
+        path = pathlib.Path(path)
+        if path.suffix.lower() not in endings:
+            raise ValueError(f"must end in {', '.join(endings)}")
+        try:
+            with tempfile.TemporaryFile(dir=path.parent) as file:
+                file.write(bytes(1024))
+            if path.exists():
+                path.open("ab").close()
+        except OSError as error:
+            raise ValueError(f"must be writable ({error.strerror})") from None
+
+    return check
 
 
 Count = Annotated[int, between(1)]
@@ -76,13 +79,16 @@ Seed = Annotated[int, between(0)]
 Positive = Annotated[float, positive]
 Fraction = Annotated[float, below_one]
 Text = Annotated[str, one_line]
-Picture = Annotated[str, picture]
+Picture = Annotated[str, file_of(".png", ".jpg", ".pdf", ".svg")]
+Results = Annotated[str, file_of(".json")]
 
 
-def parse(config_type, doc):
-    """Return the Config of the command line."""
+def parse(config_type, doc, **full):
+    """Return the Config of the command line; `full` is for ``--full 1``."""
     parser = create_parser(config_type, doc)
-    return checked(parser, config_type(**vars(parser.parse_args())))
+    given = vars(parser.parse_args())
+    defaults = full if given.get("full") else {}
+    return checked(parser, config_type(**defaults | given))
 
 
 def create_parser(config_type, doc, **choices):

@@ -3,7 +3,33 @@
 import sys
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
+from sklearn.datasets import load_digits
+
+
+def load_images(path=""):
+    """Return images (N, height, width) in [0, 1] of an npz file, and their labels.
+
+    Without a path they are scikit-learn's 1,797 digits, of 8x8 pixels.
+    """
+    if path:
+        images, labels = read_images(path)
+        images = images / 255
+    else:
+        digits = load_digits()
+        images, labels = digits.images / 16, digits.target
+    return jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
+
+
+def load_halves(path=""):
+    """Return (images (N, pixels), labels) to train on, and the same to test on.
+
+    They are not shuffled: the second half, of other writers, is the harder test.
+    """
+    images, labels = load_images(path)
+    images, half = images.reshape(len(labels), -1), len(labels) // 2
+    return (images[:half], labels[:half]), (images[half:], labels[half:])
 
 
 def read_images(path, num_classes=10, shape=None):

@@ -1,0 +1,20 @@
+"""What the tables of classifiers show."""
+
+from ivon_jax import metrics
+
+DIGITS = {"accuracy %": 1, "NLL": 3, "ECE": 3, "Brier": 3, "seconds": 1}
+
+
+def scores(probs, labels):
+    """Return accuracy in per cent, NLL, ECE and Brier score, of (N, C) and (N,)."""
+    return {
+        "accuracy %": 100 * metrics.accuracy(probs, labels),
+        "NLL": metrics.negative_log_likelihood(probs, labels),
+        "ECE": metrics.expected_calibration_error(probs, labels),
+        "Brier": metrics.brier_score(probs, labels),
+    }
+
+
+def over_seeds(runs):
+    """Turn the records of all seeds into one of lists."""
+    return {name: [float(run[name]) for run in runs] for name in runs[0]}
