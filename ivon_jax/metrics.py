@@ -287,7 +287,7 @@ def _at_most(scores, count, thresholds):
 
 def _scores(name, scores, where_name, where):
     """Checked scores, and a whole mask of them or None."""
-    scores = jnp.asarray(scores)
+    scores = _checks.as_array(scores)
     _checks.not_empty(name, scores)
     where = _checks.which_count(where_name, where, scores.shape)
     return _checks.scores(name, scores, where), where

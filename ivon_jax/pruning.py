@@ -62,7 +62,7 @@ def mask(scores: Any, sparsity: jax.typing.ArrayLike) -> Any:
 
     Args:
       scores: a pytree of real arrays; None, as for a point mass, is kept and does not
-        count.
+        count. Integers are ranked as floats, and refused where these can't tell.
       sparsity: the share to remove, in [0, 1]. Where it is traced, its product with P
         is rounded in its own dtype: in float32 exact for P up to 2^24.
 

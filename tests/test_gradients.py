@@ -1,5 +1,6 @@
 """One estimator: unbiased, averaged in the right order, in the memory of one sample."""
 
+import functools
 import re
 
 import chex
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, PartitionSpec as P
 from statistical import assert_at_most, assert_mean
 
 import ivon_jax
@@ -342,6 +344,39 @@ def test_python_numbers_are_aux(options, key):
     grad_fn = ivon_jax.value_and_grad(loss, has_aux=True, **options)
     (_, aux), _ = grad_fn(key, PARAMS, STATE, BATCH)
     assert aux == {"count": 3, "rate": 0.5}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mc_samples": 2}, {"axis_name": "data"}], ids=str
+)
+@pytest.mark.parametrize("compute_dtype", [None, jnp.bfloat16])
+def test_parameters_may_be_numbers(options, compute_dtype, key):
+    """They give what arrays do, a point mass among them."""
+    tx = optax.masked(ivon_jax.ivon(0.1, ess=20), {"a": True, "b": True, "c": False})
+    numbers = {"a": 0.5, "b": jnp.ones(2), "c": 2.0}
+
+    def loss(theta, x):
+        scale = jnp.mean(x).astype(theta["b"].dtype)
+        return theta["c"] * jnp.sum(theta["b"] ** 2) * theta["a"] * scale
+
+    grad_fn = ivon_jax.value_and_grad(loss, compute_dtype=compute_dtype, **options)
+
+    def estimate(params, x):
+        return grad_fn(key, params, tx.init(params), x)
+
+    def run(params):
+        estimate_of = functools.partial(estimate, params)
+        if "axis_name" in options:
+            mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+            specs = {"in_specs": P("data"), "out_specs": P()}
+            estimate_of = jax.shard_map(estimate_of, mesh=mesh, **specs)
+        return estimate_of(jnp.ones(4))
+
+    arrays = jax.tree.map(jnp.asarray, numbers)
+    chex.assert_trees_all_close(run(numbers), run(arrays))
+    chex.assert_trees_all_close(
+        *(ivon_jax.sample(key, p, tx.init(p)) for p in (numbers, arrays))
+    )
 
 
 def test_point_masses_have_a_gradient_and_no_hessian(key):

@@ -477,6 +477,14 @@ def test_scores_of_any_real_dtypes_are_compared_in_float32(dtypes):
         assert result[name] == value
 
 
+def test_integers_that_floats_cannot_tell_apart_are_refused_where_they_count():
+    scores, where = np.array([2**40, 5]), np.array([False, True])
+    with pytest.raises(ValueError, match="`out_scores` must be at most 16777216 where"):
+        metrics.out_of_distribution(scores % 7, scores)
+    result = metrics.out_of_distribution(np.array([3, 4]), scores, out_where=where)
+    assert result["auroc"] == 0.0
+
+
 @pytest.mark.usefixtures("x64")
 def test_double_precision_scores_stay_so():
     """Apart by less than float32 can tell."""

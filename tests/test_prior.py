@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -275,3 +276,17 @@ def test_optax_tells_the_prior_from_scalars(wrap):
     [state] = ivon_jax.find_states(mapped)
     assert set(jax.tree.leaves((state.hess, state.prior))) == {"param"}
     assert (state.count, state.ess, state.weight_decay) == ("other",) * 3
+
+
+def test_parameters_may_be_numbers(key):
+    """They take the step that arrays do."""
+    numbers = {"a": 0.5, "b": jnp.ones(2)}
+    tx = ivon_jax.ivon(0.1, ess=10, prior=ivon_jax.Posterior.isotropic(numbers, 2.0))
+
+    def step(params):
+        opt_state = tx.init(params)
+        theta = ivon_jax.sample(key, params, opt_state)
+        updates, _ = tx.update(theta, opt_state, params, sample=theta)
+        return updates
+
+    chex.assert_trees_all_close(step(numbers), step(jax.tree.map(jnp.asarray, numbers)))

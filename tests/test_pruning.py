@@ -191,6 +191,28 @@ def test_low_precision_parameters_are_ranked_in_float32(criterion, dtype):
     assert pruning.signal_to_noise(q)["w"].dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    ("scores", "got"),
+    [
+        (jnp.array([2**24 + 1, 2**24]), 2**24 + 1),
+        (jnp.array([0, -(2**31)]), -(2**31)),
+        (jnp.array([2**32 - 1, 1], jnp.uint32), 2**32 - 1),
+        (np.array([2**32, 1]), 2**31 - 1),
+    ],
+)
+def test_integers_that_floats_cannot_tell_apart_are_refused(scores, got):
+    """As floats the first two are tied, and the greater one would be removed."""
+    message = f"`scores` must be at most {2**24} where they are integers, got {got}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pruning.mask(scores, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int32, np.int64, np.uint64])
+def test_smaller_integers_are_ranked(dtype):
+    kept = pruning.mask(np.array([3, 1, 2, 100], dtype), 0.5)
+    np.testing.assert_array_equal(kept, [True, False, False, True])
+
+
 @pytest.mark.usefixtures("x64")
 def test_double_precision_scores_are_ranked_as_such():
     scores = {"a": np.array([1 + 1e-12, 1.0]), "b": np.float32([2, 0])}

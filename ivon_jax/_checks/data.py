@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from .._arrays.dtypes import wide_dtype
-from .scalars import known
+from .scalars import known, least_and_greatest
 
 
 def probabilities(name, probs):
@@ -90,11 +90,7 @@ def _any(where):
 
 def integers(name, labels, remedy=""):
     """Return integers of 32 bits, or more, so that no number of classes overflows."""
-    if isinstance(labels, np.ndarray) and labels.dtype in (np.int64, np.uint64):
-        # Without x64 JAX keeps the lower 32 bits: 2**32 would be class 0.
-        lowest = max(-1, np.iinfo(labels.dtype).min)
-        labels = np.clip(labels, lowest, np.iinfo(np.int32).max)
-    labels = jnp.asarray(labels)
+    labels = jnp.asarray(_fitting(labels))
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(
             f"`{name}` must be integers, got dtype {labels.dtype}. Of one-hot labels "
@@ -102,6 +98,18 @@ def integers(name, labels, remedy=""):
         )
     # What does not fit becomes negative.
     return labels.astype(jnp.int64 if labels.dtype.itemsize > 4 else jnp.int32)
+
+
+def _fitting(value):
+    """Integers that don't fit become the largest or least that do.
+
+    Of NumPy's 64 bits JAX would keep the lower 32, without x64: 2**32 would be zero.
+    """
+    if not isinstance(value, np.ndarray) or value.dtype not in (np.int64, np.uint64):
+        return value
+    limits = np.iinfo(jnp.result_type(int))
+    low, high = np.iinfo(value.dtype).min, np.iinfo(value.dtype).max
+    return np.clip(value, max(limits.min, low), min(limits.max, high))
 
 
 def as_array(value):
@@ -221,11 +229,11 @@ def of_predictions(name, tree, shape):
 
 def scores(name, value, where=None):
     """Return numbers to rank, as floating-point ones; none that counts is NaN."""
-    array = jnp.asarray(value)
+    array = jnp.asarray(_fitting(value))
     if not any(jnp.issubdtype(array.dtype, k) for k in (jnp.floating, jnp.integer)):
         raise TypeError(f"`{name}` must be real numbers, got dtype {array.dtype}.")
     if jnp.issubdtype(array.dtype, jnp.integer):
-        return array.astype(float)
+        return _exact_floats(name, array, where)
     missing = known(_count_nan, array, where)
     if missing:
         raise ValueError(
@@ -233,6 +241,26 @@ def scores(name, value, where=None):
             "Training diverged?"
         )
     return array
+
+
+def _exact_floats(name, array, where):
+    """Integers as floats, which keep their order up to a size."""
+    floats = array.astype(float)
+    largest = 2 ** (jnp.finfo(floats.dtype).nmant + 1)
+    low, high = (known(_counted_range, array, where) if array.size else None) or (0, 0)
+    if not -largest <= low <= high <= largest:
+        bad = low if low < -largest else high
+        raise ValueError(
+            f"`{name}` must be at most {largest} where they are integers, got {bad}: "
+            f"{floats.dtype} does not tell larger ones apart. Rank them yourself, and "
+            "pass the ranks."
+        )
+    return floats
+
+
+@jax.jit
+def _counted_range(array, where):
+    return least_and_greatest(array if where is None else jnp.where(where, array, 0))
 
 
 @jax.jit

@@ -302,7 +302,7 @@ def drawn(
 
     def cast(mean):
         floating = jnp.issubdtype(jnp.result_type(mean), jnp.inexact)
-        return mean.astype(dtype) if dtype is not None and floating else mean
+        return jnp.asarray(mean, dtype) if dtype is not None and floating else mean
 
     return map_arrays(shift, q, noise, point_mass=cast)
 

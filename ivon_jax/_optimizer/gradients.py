@@ -370,7 +370,7 @@ def _per_device(q, index):
     def vary(mean, precision):
         if precision is not None or not _is_floating(mean):
             return mean
-        return mean + jnp.zeros_like(index, mean.dtype)
+        return mean + jnp.zeros_like(index, jnp.result_type(mean))
 
     return q._replace(mean=jax.tree.map(vary, q.mean, q.precision))
 

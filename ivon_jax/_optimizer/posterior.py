@@ -142,7 +142,11 @@ def sample(
       ValueError: as `posterior`.
     """
     theta = posterior(params, opt_state).sample(key)
-    return jax.tree.map(lambda x, p: x.astype(jnp.result_type(p)), theta, params)
+
+    def cast(x, param):
+        return x if x is param else x.astype(jnp.result_type(param))
+
+    return jax.tree.map(cast, theta, params)
 
 
 def find_states(opt_state: optax.OptState) -> list[IVONState]:

@@ -247,7 +247,7 @@ def _prior_of(prior, params):
 
     def copy(param, x):
         zeros = _accumulator(param, 0.0)
-        return zeros + x.astype(zeros.dtype)
+        return zeros + jnp.asarray(x, zeros.dtype)
 
     copies = [jax.tree.map(copy, params, tree) for tree in (mean, precision)]
     return Posterior(*copies)
@@ -270,7 +270,7 @@ def _boxed(prior, params):
 
 
 def _distance(params, prior):
-    return jax.tree.map(lambda p, m: p.astype(m.dtype) - m, params, prior.mean)
+    return jax.tree.map(lambda p, m: jnp.asarray(p, m.dtype) - m, params, prior.mean)
 
 
 def _estimate(grads, state, params, sample, hess, at_mean=None):
