@@ -34,7 +34,7 @@ import sklearn.metrics  # noqa: F401
 TESTS = {  # for each module the files that must notice; its doctests come first
     "_rules": ["rules", "reference"],
     "_arrays.dtypes": ["gaussian"],
-    "_arrays.loops": ["gradients", "predictive", "loops"],
+    "_arrays.loops": ["loops", "predictive", "gradients", "sensitivity"],
     "_arrays.noise": ["noise"],
     "_distributions.densities": ["gaussian", "posterior"],
     "_distributions.gaussian": ["gaussian", "posterior"],
@@ -58,6 +58,10 @@ EQUIVALENT = {  # name of a mutant: why no test can notice it
     "_optimizer.transform._prior_of: return Posterior(params, params) -> nan": (
         "it has no leaves"
     ),
+    "_distributions.mixture.Mixture.strata: first + jnp.arange(num_samples) -> "
+    "(first) - (jnp.arange(num_samples))": "the other way round a circle",
+    "sensitivity._cross_entropy: outputs * jnp.where(valid, 1, jnp.nan) -> "
+    "(outputs) / (jnp.where(valid, 1, jnp.nan))": "by one or by NaN",
 }
 SECONDS = 600  # of the processor: a mutant that takes longer hangs
 SWAPPED = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Pow: "*"}

@@ -282,11 +282,24 @@ def test_theta_is_rounded_and_its_noise_is_not(raw, key):
     rounded = optax.tree.cast(theta, jnp.bfloat16)
     grads = optax.tree.cast(jax.grad(loss)(rounded, BATCH), jnp.float32)
     chex.assert_trees_all_equal(estimate.grad, grads, strict=True)
+    chex.assert_trees_all_equal_dtypes(estimate.grad, grads)  # Chex widens bfloat16
     precision = ivon_jax.posterior(PARAMS, STATE).precision
     expected = jax.tree.map(
         lambda g, t, m, p: g * (t - m) * p, grads, theta, PARAMS, precision
     )
     chex.assert_trees_all_close(estimate.hess, expected, rtol=1e-4)
+
+
+def test_noise_that_is_drawn_again_takes_no_memory():
+    """Temporaries are the rounded theta, which the backward pass keeps, and no more."""
+    params, x = jnp.ones((500, 500)), jnp.ones((4, 500), jnp.bfloat16)
+    grad_fn = ivon_jax.value_and_grad(
+        lambda theta, x: jnp.mean(jnp.sin(x @ theta).astype(jnp.float32)),
+        compute_dtype=jnp.bfloat16,
+    )
+    args = jax.random.key(0), params, ivon_jax.ivon(0.1, ess=20).init(params), x
+    memory = jax.jit(grad_fn).lower(*args).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.6 * params.nbytes
 
 
 def test_theta_of_the_second_draw_is_nan_only_where_the_loss_is(key):

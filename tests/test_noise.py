@@ -38,13 +38,16 @@ def test_noise_takes_no_memory_but_its_own(key):
     assert memory.temp_size_in_bytes < 1000
 
 
-def test_what_is_broadcast_is_drawn_once(key):
+@pytest.mark.parametrize("shape", [(70_000,), (1, 10_000)], ids=str)
+def test_what_is_broadcast_is_drawn_once(shape, key):
     """A bias is: fused, its noise would be drawn for each row of the activations."""
+    *_, size = shape
 
     def add_bias(key):
-        return jnp.zeros((8, 70_000)) + normal(key, (70_000,), jnp.float32)[None]
+        noise = normal(key, shape, jnp.float32)
+        return jnp.zeros((8, size)) + noise.reshape(1, size)
 
     text = jax.jit(add_bias).lower(key).compile().as_text()
-    fused = [c for c in text.split("\n}") if "ENTRY" not in c and "f32[8,70000]" in c]
+    fused = [c for c in text.split("\n}") if "ENTRY" not in c and f"f32[8,{size}]" in c]
     rotations = [computation.count("shift-left(") for computation in fused]
     assert max(rotations) < 20  # the rounds of one Threefry hash
