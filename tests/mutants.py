@@ -9,6 +9,7 @@ The exit status is 1 if one survives, or if `EQUIVALENT` has one that is not the
 
 import argparse
 import ast
+import contextlib
 import functools
 import os
 import shutil
@@ -185,6 +186,7 @@ def run(folder, files, seconds):
     child = os.fork()
     if not child:
         try:
+            os.setsid()  # a group with what the tests start
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             signal.alarm(10 * SECONDS)
             os.chdir(folder)
@@ -197,9 +199,13 @@ def run(folder, files, seconds):
         finally:
             os._exit(0)
     os.close(writing)
-    with os.fdopen(reading) as pipe:
-        answer = pipe.read()
-    os.waitpid(child, 0)
+    try:
+        with os.fdopen(reading) as pipe:
+            answer = pipe.read()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     if not answer:
         return f"its end: {Path(folder, 'log').read_text()[-500:]}", seconds
     failed, seconds = ast.literal_eval(answer)
