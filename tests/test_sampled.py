@@ -385,6 +385,28 @@ def test_bfloat16_parameters_have_a_float32_mean_and_exact_estimates():
     chex.assert_trees_all_close(cast(theta, "float32"), exact, rtol=2**-7, atol=2**-8)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_an_estimate_is_taken_where_the_trainer_would_be(dtype):
+    """The loss sees the trainer's dtype, though the mean has more bits."""
+    (params, state), _ = trained(TX, cast(PARAMS, dtype), straight)
+    key = jax.random.key(3)
+
+    def loss(theta):
+        wide = cast(theta, "float32")
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(wide)), theta
+
+    grad_fn = ivon_jax.value_and_grad(loss, has_aux=True)
+    (_, theta), (grad, hess) = grad_fn(key, params, state)
+    chex.assert_trees_all_equal(theta, ivon_jax.sample(key, params, state))
+    assert {x.dtype for x in jax.tree.leaves(theta)} == {jnp.dtype(dtype)}
+    q = ivon_jax.posterior(params, state)
+    exact = jax.tree.map(
+        lambda g, x, m, s: cast(g, "float32") * (x - m) * s,
+        *(grad, q.sample(key), q.mean, q.precision),
+    )
+    chex.assert_trees_all_close(hess, exact, rtol=1e-4, atol=1e-4)
+
+
 def test_a_trainer_that_passes_no_parameters_gets_the_same():
     def step(carry, _):
         params, opt_state = carry

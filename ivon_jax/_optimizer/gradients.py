@@ -155,25 +155,25 @@ def value_and_grad(
         _draw, loss_fn, grad_transform, hess_estimator, compute_dtype
     )
 
-    def over_samples(q, key, batch):
+    def over_samples(q, like, key, batch):
         if mc_samples == 1:
-            return draw(q, key, batch)
+            return draw(q, like, key, batch)
         draws = jax.random.split(key, mc_samples), jnp.arange(mc_samples)
-        return mean(lambda x: draw(q, x[0], _fold_in(batch, x[1])), draws)
+        return mean(lambda x: draw(q, like, x[0], _fold_in(batch, x[1])), draws)
 
-    def over_microbatches(q, key, batch):
+    def over_microbatches(q, like, key, batch):
         if microbatches == 1:
-            return over_samples(q, key, batch)
+            return over_samples(q, like, key, batch)
         slices, join = _cut("microbatches", microbatches, batch)
-        keys = jax.random.split(key, microbatches)
-        return scan_mean(lambda x: over_samples(q, x[0], join(x[1])), (keys, slices))
+        draws = jax.random.split(key, microbatches), slices
+        return scan_mean(lambda x: over_samples(q, like, x[0], join(x[1])), draws)
 
-    def average(q, key, batch):
+    def average(q, like, key, batch):
         if one_draw:  # no loop to compile
-            return over_microbatches(q, key, batch)
+            return over_microbatches(q, like, key, batch)
 
         def run(q, key):
-            return over_microbatches(q, key, batch)  # its numbers stay numbers
+            return over_microbatches(q, like, key, batch)  # its numbers stay numbers
 
         return compiled.call(run, q, key, of=loss_fn)
 
@@ -181,13 +181,13 @@ def value_and_grad(
         key, batch = _checks.random_key("key", key), (args, kwargs)
         if not one_draw:
             _checks.typed_keys(batch)
-        q = posterior(params, opt_state)
+        q, like = posterior(params, opt_state), jax.tree.map(jnp.result_type, params)
         if axis_name is None:
-            loss, aux, (grad, hess) = average(q, key, batch)
+            loss, aux, (grad, hess) = average(q, like, key, batch)
         else:
             index = _checks.axis_index(axis_name)
             key, batch = jax.random.fold_in(key, index), _fold_in(batch, index)
-            outputs = over_microbatches(_per_device(q, index), key, batch)
+            outputs = over_microbatches(_per_device(q, index), like, key, batch)
             loss, aux, (grad, hess) = outputs
             loss, aux, grad = _mean_over_devices((loss, aux, grad), axis_name)
             hess = _mean_over_devices(hess, axis_name, hess_reduce_dtype)
@@ -210,9 +210,11 @@ def _with_aux(loss_fn, has_aux):
     return checked
 
 
-def _draw(loss_fn, grad_transform, hess_estimator, compute_dtype, q, key, batch):
+def _draw(loss_fn, grad_transform, hess_estimator, compute_dtype, q, like, key, batch):
     """Loss, aux and estimate at one sample of one batch; no gradient of integers."""
     theta = drawn(q, standard_normal(q, key), compute_dtype)
+    if compute_dtype is None:
+        theta = jax.tree.map(_in_dtype, theta, like)
     floating, join = _floating(theta)
 
     def loss_and_aux(floating):
@@ -230,6 +232,11 @@ def _draw(loss_fn, grad_transform, hess_estimator, compute_dtype, q, key, batch)
         case "gauss_newton":
             hess = _gauss_newton(q, loss_fn, theta, batch)
     return loss, aux, Estimate(grad, hess)
+
+
+def _in_dtype(x, dtype):
+    """`x` in the dtype of its parameter: the mean of `sampled` may be wider."""
+    return x if jnp.result_type(x) == dtype else x.astype(dtype)
 
 
 def _floating(theta):
