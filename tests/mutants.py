@@ -45,7 +45,7 @@ TESTS = {  # for each module the files that must notice; its doctests come first
     "_evaluation.objective": ["objective"],
     "_evaluation.samples": ["predictive", "mixture"],
     "_optimizer.gradients": ["gradients", "contract", "parallel"],
-    "_optimizer.transform": ["reference", "transform", "prior", "posterior", "flax"],
+    "_optimizer.transform": "reference transform prior sampled posterior flax".split(),
     "merging": ["merging"],
     "metrics": ["metrics"],
     "predictive": ["predictive", "mixture"],
