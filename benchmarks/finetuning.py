@@ -8,24 +8,21 @@ AdamW pretrains the tiny GPT-2 on the source of Python's standard library. AdamW
 IVON then fine-tune it on English, the help texts that Python carries (pydoc_data, which
 is not in the source above, and no paragraph twice). The last twentieth of the texts is
 for the test, and a twentieth of the rest validates six learning rates of each
-optimizer, from a range that pilot runs on that part gave; all else is as in gpt2.py.
-The best one trains on all but the test part, with three more seeds. Perplexity is per
-byte; the base's on English is of the test part.
+optimizer, from a range that pilot runs on that part gave; all else is as in
+examples/gpt2. The best one trains on all but the test part, with three more seeds.
+Perplexity is per byte; the base's on English is of the test part.
 """
 
 import dataclasses
 import functools
 import pathlib
-import sys
 import sysconfig
 import tempfile
 from pydoc_data import topics
 
 import jax
 import report
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
-import gpt2
+from common import gpt2
 
 GRIDS = {
     "adamw": ("adamw_lr", (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)),
@@ -96,7 +93,7 @@ def train(config, params=None):
 
 
 def configure(config, folder, optimizer, text, **settings):
-    """Return the configuration of a run of gpt2.py on one of the texts."""
+    """Return the configuration of a run of GPT-2 on one of the texts."""
     fields = dict(
         data=str(folder / text),
         steps=config.steps,

@@ -10,15 +10,11 @@ goes on from its checkpoints.
 
 import dataclasses
 import itertools
-import pathlib
-import sys
 
 import numpy as np
 import report
+from common import gpt2
 from matplotlib.figure import Figure
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
-import gpt2
 
 GRIDS = {
     "adamw": {"adamw_lr": (3e-3, 1e-2, 3e-2), "adamw_b1": (0.9, 0.7)},

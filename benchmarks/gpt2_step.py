@@ -19,19 +19,16 @@ that XLA moves out of their loop.
 """
 
 import dataclasses
-import pathlib
 import statistics
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import optax
 import report
+from common import gpt2
+from flax import nnx
 from tqdm import tqdm
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
-import gpt2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +55,13 @@ def compile_step(size, dtype, optimizer, impl, cast, config):
     tx = gpt2.create_optimizer(run)
 
     def create():
-        params = gpt2.nnx.state(gpt2.GPT(run, config.vocabulary, gpt2.nnx.Rngs(key)))
+        params = nnx.state(gpt2.GPT(run, config.vocabulary, nnx.Rngs(key)))
         tokens = jnp.zeros((config.batch_size, run.block + 1), jnp.int32)
         return params, tx.init(params), tokens, noise_key
 
     with jax.set_mesh(mesh):
-        graphdef = gpt2.nnx.graphdef(
-            gpt2.nnx.eval_shape(
-                lambda: gpt2.GPT(run, config.vocabulary, gpt2.nnx.Rngs(key))
-            )
+        graphdef = nnx.graphdef(
+            nnx.eval_shape(lambda: gpt2.GPT(run, config.vocabulary, nnx.Rngs(key)))
         )
         loss_fn, _ = gpt2.create_losses(graphdef)
         if cast:

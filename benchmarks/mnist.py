@@ -31,8 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import checkpoints, datasets, flags, results
+from common import datasets, flags, results
 from common.flags import Count, Fraction, Positive, Results, Seed, Text
+from common.gpt2 import checkpoint
 from common.scores import DIGITS, scores
 from flax import linen as nn
 from sklearn.datasets import fetch_openml, load_digits
@@ -222,8 +223,8 @@ def open_checkpoints(name, config, train_data, test_data):
     other = "ivon_" if name == "adamw" else "adamw_"
     fields = (field.name for field in dataclasses.fields(config))
     free = FREE + tuple(field for field in fields if field.startswith(other))
-    identity = checkpoints.identify(config, free, data=[*train_data, *test_data])
-    return checkpoints.Folder(pathlib.Path(config.checkpoint_dir, name), identity)
+    identity = checkpoint.identify(config, free, data=[*train_data, *test_data])
+    return checkpoint.Folder(pathlib.Path(config.checkpoint_dir, name), identity)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "num_samples"))
@@ -271,5 +272,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with checkpoints.ends_at_once():
+    with checkpoint.ends_at_once():
         main()

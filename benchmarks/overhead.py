@@ -20,8 +20,6 @@ of `value_and_grad` for a linear loss, which needs theta nowhere.
 
 import dataclasses
 import functools
-import pathlib
-import sys
 import time
 
 import jax
@@ -30,13 +28,11 @@ import numpy as np
 import optax
 import report
 import resnet20
+from common import gpt2
 from flax import nnx
 from tqdm import tqdm
 
 import ivon_jax
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
-import gpt2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +103,7 @@ BASELINES = Optimizer("AdamW"), Optimizer("SGD"), Optimizer("Sophia")
 
 
 def gpt2_problem(size, batch_size, config):
-    """The network of examples/gpt2.py, on random tokens."""
+    """The network of examples/gpt2, on random tokens."""
     flags = dict(size=size, block=config.block, dtype=config.dtype)
     run = gpt2.parse_args([f"--{name}={value}" for name, value in flags.items()])
     rngs = nnx.Rngs(jax.random.key(0))

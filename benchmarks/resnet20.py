@@ -32,8 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import checkpoints, datasets, flags, results
+from common import datasets, flags, results
 from common.flags import Count, Fraction, Positive, Results, Seed, Text
+from common.gpt2 import checkpoint
 from common.scores import DIGITS, scores
 from flax import nnx
 from PIL import Image
@@ -314,9 +315,9 @@ def fit(key, model, optimizer, train_data, test_data, config):
 
 def open_checkpoints(config, train_data, test_data):
     """Open the folder of this optimizer's checkpoints, one for every epoch."""
-    identity = checkpoints.identify(config, FREE, data=[*train_data, *test_data])
+    identity = checkpoint.identify(config, FREE, data=[*train_data, *test_data])
     path = pathlib.Path(config.checkpoint_dir, config.optimizer)
-    return checkpoints.Folder(path, identity, config.max_to_keep)
+    return checkpoint.Folder(path, identity, config.max_to_keep)
 
 
 def class_probs(model, images):
@@ -453,5 +454,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with checkpoints.ends_at_once():
+    with checkpoint.ends_at_once():
         main()

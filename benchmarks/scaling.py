@@ -3,7 +3,7 @@
     python benchmarks/scaling.py               # 5 min on two CPU cores
     python benchmarks/scaling.py --full 1      # more sizes and meshes
 
-Nothing is trained, and no array is made: the step of examples/gpt2.py is compiled for
+Nothing is trained, and no array is made: the step of examples/gpt2 is compiled for
 simulated CPU devices, in float32 (this backend would promote bfloat16 reductions), with
 one sequence for each device of the batch, and read. The bytes of a collective are those
 of its result (all-reduce, all-gather, all-to-all) or of its operand (reduce-scatter),
@@ -28,20 +28,16 @@ import collections
 import dataclasses
 import functools
 import math
-import pathlib
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
 import optax
 import report
+from common import gpt2
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
-import gpt2
 
 DEFAULT = {
     "small": (

@@ -1,4 +1,4 @@
-"""Checkpoints of the examples: damage, failing writes, a second run, other data."""
+"""Checkpoints of examples/gpt2: damage, failing writes, a second run, other data."""
 
 import dataclasses
 import gc
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import checkpoints
+from checkpoint import Folder, identify
+from checksums import checksum
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -39,14 +40,14 @@ def on_device(state):
 
 def written(path):
     """A folder with two checkpoints."""
-    with checkpoints.Folder(path, IDENTITY) as folder:
+    with Folder(path, IDENTITY) as folder:
         folder.save(1, on_device(STATE), [{"nll": 0.5}])
         folder.save(2, on_device(LATER), [{"nll": 0.5}, {"nll": 0.25}])
     return path
 
 
 def restored(path):
-    with checkpoints.Folder(path, IDENTITY) as folder:
+    with Folder(path, IDENTITY) as folder:
         return folder.restore(on_device(jax.tree.map(np.zeros_like, STATE)))
 
 
@@ -101,7 +102,7 @@ def test_damage_in_any_file_is_seen_or_changes_nothing(
         damaged = path / file.relative_to(original)
         content = DAMAGES[damage](content)
         damaged.unlink() if content is None else damaged.write_bytes(content)
-        with checkpoints.Folder(path, IDENTITY) as folder:
+        with Folder(path, IDENTITY) as folder:
             state, log, step = folder.restore(on_device(STATE))
             if step == 1:
                 folder.save(2, state, log)
@@ -130,7 +131,7 @@ def test_training_goes_on_over_a_damaged_step_twice(original, tmp_path):
     path = copied(original, tmp_path / "run")
     for _ in range(2):
         (path / "2" / "record" / "metadata").write_bytes(b"")
-        with checkpoints.Folder(path, IDENTITY) as folder:
+        with Folder(path, IDENTITY) as folder:
             _, log, step = folder.restore(on_device(STATE))
             assert step == 1
             folder.save(2, on_device(LATER), [*log, {"nll": 0.25}])
@@ -159,7 +160,7 @@ def test_no_intact_checkpoint_is_an_error_that_touches_none(original, tmp_path):
 def test_another_configuration_is_named(original):
     identity = IDENTITY | {"learning_rate": 0.2}
     with (
-        checkpoints.Folder(original, identity) as folder,
+        Folder(original, identity) as folder,
         pytest.raises(SystemExit, match=r"`learning_rate` is 0\.1 there and 0\.2"),
     ):
         folder.restore(on_device(STATE))
@@ -177,7 +178,7 @@ def test_identity_is_that_of_every_entry_and_of_its_shape():
     changed = array.copy()
     changed[-1, -1] = 1
     lists = [[array], [changed], [array.T], [array.view(np.int16)], [array, array]]
-    found = [checkpoints.identify(Config(), ("plot",), data=arrays) for arrays in lists]
+    found = [identify(Config(), ("plot",), data=arrays) for arrays in lists]
     assert all(identity.keys() == {"lr", "data"} for identity in found)
     assert len({identity["data"] for identity in found}) == len(lists)
 
@@ -188,25 +189,25 @@ def test_checksum_sees_what_a_sum_of_bits_does_not(dtype):
     x = jnp.zeros((2, 4), dtype)
     one, other = (x.at[i].set(jnp.ones([], dtype)) for i in ((0, 1), (1, 3)))
     states = [[x, x], [one, x], [other, x], [x, one], [one, one], [x]]
-    sums = {int(checkpoints.checksum(state)) for state in states}
+    sums = {int(checksum(state)) for state in states}
     assert len(sums) == len(states)
 
 
 def test_checksum_of_keys_and_doubles(x64):
     del x64
-    keys = [int(checkpoints.checksum(jax.random.key(seed))) for seed in (0, 1)]
+    keys = [int(checksum(jax.random.key(seed))) for seed in (0, 1)]
     assert keys[0] != keys[1]
     values = jnp.array([1.0, 1.0 + 2.0**-50, 1.0 + 2.0**-20])
-    assert len({int(checkpoints.checksum(x)) for x in values}) == 3
+    assert len({int(checksum(x)) for x in values}) == 3
 
 
 def test_a_second_run_is_refused_and_a_later_one_is_not(tmp_path):
     with (
-        checkpoints.Folder(tmp_path, IDENTITY),
+        Folder(tmp_path, IDENTITY),
         pytest.raises(SystemExit, match="another run is writing there"),
     ):
-        checkpoints.Folder(tmp_path, IDENTITY)
-    with checkpoints.Folder(tmp_path, IDENTITY):
+        Folder(tmp_path, IDENTITY)
+    with Folder(tmp_path, IDENTITY):
         pass
 
 
@@ -214,17 +215,17 @@ def test_a_second_run_is_refused_and_a_later_one_is_not(tmp_path):
 def test_a_file_in_the_place_of_the_folder_is_refused_at_the_start(inside, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"Cannot write to `--checkpoint_dir` .*file"):
-        checkpoints.Folder(tmp_path / "file" / inside, IDENTITY)
+        Folder(tmp_path / "file" / inside, IDENTITY)
 
 
 PROGRAM = """
 import pathlib, resource, shutil, signal, sys, time
 import jax, jax.numpy as jnp
-from common import checkpoints
+from checkpoint import Folder, ends_at_once
 
 def main(folder, failure):
     state = {"w": jax.random.normal(jax.random.key(0), (300, 1000))}
-    with checkpoints.Folder(folder, {}) as saved:
+    with Folder(folder, {}) as saved:
         saved.save(1, state, [])
         if failure == "sleep":
             saved.manager.wait_until_finished()
@@ -245,13 +246,13 @@ def main(folder, failure):
             saved.check()
     print("not reached")
 
-with checkpoints.ends_at_once():
+with ends_at_once():
     main(*sys.argv[1:])
 """
 
 
 def start(folder, failure):
-    path = pathlib.Path(checkpoints.__file__).parent.parent
+    path = pathlib.Path(__file__).parent.parent / "examples" / "gpt2"
     pipe, code = subprocess.PIPE, f"import sys; sys.path.append({str(path)!r}){PROGRAM}"
     return subprocess.Popen(
         [sys.executable, "-c", code, folder, failure],
@@ -271,7 +272,7 @@ def test_a_write_that_fails_ends_the_process_at_once(failure, tmp_path):
     assert "Traceback" not in stderr
     assert not stdout
     if failure == "full disk":  # the first one is complete
-        with checkpoints.Folder(tmp_path / "run", {}) as folder:
+        with Folder(tmp_path / "run", {}) as folder:
             assert folder.restore({"w": jnp.zeros((300, 1000))})[2] == 1
 
 
@@ -279,8 +280,8 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
     process = start(tmp_path, "sleep")
     assert process.stdout.readline() == "sleeping\n"
     with pytest.raises(SystemExit, match="another run is writing there"):
-        checkpoints.Folder(tmp_path, {})
+        Folder(tmp_path, {})
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    with checkpoints.Folder(tmp_path, {}) as folder:
+    with Folder(tmp_path, {}) as folder:
         assert folder.restore({"w": jnp.zeros((300, 1000))})[2] == 1

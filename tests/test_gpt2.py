@@ -12,16 +12,20 @@ import subprocess
 import sys
 import time
 
-import gpt2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from config import Config, parse_args
+from data import Tokens, load_data
 from flax import nnx
+from model import AXES, GPT, create_losses, create_mesh, parameter_shardings
+from step import create_optimizer, create_train_step
+from train import run
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPT, TEXT = ROOT / "examples" / "gpt2.py", ROOT / "LICENSE"
+SCRIPT, TEXT = ROOT / "examples" / "gpt2" / "train.py", ROOT / "LICENSE"
 pytestmark = pytest.mark.usefixtures("implicit_ranks", "standard_promotion")
 TOY = (
     "--data text.txt --steps 20 --warmup 4 --batch_size 8 --block 16 --ivon_lr 1 "
@@ -30,14 +34,87 @@ TOY = (
     "--heartbeat_seconds 10"
 )
 
+MAY_BE_ZERO = {"seed", "warmup", "write", "process_id", "cpu_devices", "remat"}
+
 
 def configure(flags=TOY, **changes):
-    return dataclasses.replace(gpt2.parse_args(shlex.split(flags)), **changes)
+    return dataclasses.replace(parse_args(shlex.split(flags)), **changes)
+
+
+def refused(flags, capsys):
+    """What the example says when it refuses these flags."""
+    with pytest.raises(SystemExit):
+        parse_args(flags)
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda f: f.name)
+def test_numbers_that_no_run_can_mean_are_refused(field, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bad = {
+        int: ["-1", "nan", "1.5", str(2**31)] + ["0"] * (field.name not in MAY_BE_ZERO),
+        float: ["-1", "-1e-9", "nan", "inf", "1e39"],
+    }
+    for value in bad.get(field.type, ()):
+        message = refused([f"--{field.name}={value}"], capsys)
+        assert f"--{field.name}" in message
+        assert "must be" in message or f"invalid int value: '{value}'" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--block 1", "--block must be at least 2, got 1."),
+        ("--prompt=", "--prompt must not be empty, got ''."),
+        ("--checkpoint_dir=", "--checkpoint_dir must not be empty, got ''."),
+        ("--remat 2", "--remat must be at most 1, got 2."),
+        ("--ivon_b2 0.99999999", "--ivon_b2 must be below 1"),
+        ("--ivon_ess 1e-46", "--ivon_ess must be positive, got 1e-46."),
+        ("--distributed localhost", "--distributed must be auto or HOST:PORT"),
+        ("--distributed :80", "--distributed must be auto or HOST:PORT"),
+        ("--distributed localhost:http", "--distributed must be auto or HOST"),
+        ("--process_id 1", "--process_id must be below --num_processes 1, got 1."),
+        ("--size huge", "argument --size: invalid choice: 'huge'"),
+        ("--plot missing/a.png", "must be writable (No such file or directory)"),
+        ("--plot file/a.png", "must be writable (Not a directory), got 'file/a.png'."),
+        ("--plot folder.png", "must be writable (Is a directory)"),
+        ("--plot a.xyz", "must end in .png, "),
+        ("--plot=", "must end in .png, "),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(
+    flags, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    assert message in refused(shlex.split(flags), capsys)
+
+
+def test_the_picture_of_the_default_is_tried_too(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / Config.plot).mkdir()
+    assert "--plot must be writable (Is a directory)" in refused([], capsys)
+
+
+def test_numbers_at_the_ends_are_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = configure(
+        "--seed 0 --steps 1 --adamw_lr 0 --ivon_b2 0 --max_norm 1e-30 --block 2 "
+        f"--warmup 0 --write {2**31 - 1}"
+    )
+    assert (config.steps, config.ivon_b2, config.max_norm) == (1, 0.0, 1e-30)
+
+
+def test_flags_override_what_the_size_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = configure("--size medium --microbatches 20")
+    assert (config.ivon_lr, config.microbatches, config.steps) == (0.2, 20, 100_000)
 
 
 def shapes(config, vocabulary):
     """The network's definition, and its parameters as shapes alone."""
-    create = functools.partial(gpt2.GPT, config, vocabulary)
+    create = functools.partial(GPT, config, vocabulary)
     return nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
 
 
@@ -53,7 +130,7 @@ def test_sizes_are_those_of_the_paper(size, count):
 
 def test_no_token_sees_those_after_it():
     config = configure(dtype="float32")
-    graphdef, params = nnx.split(gpt2.GPT(config, 256, nnx.Rngs(0)))
+    graphdef, params = nnx.split(GPT(config, 256, nnx.Rngs(0)))
     tokens = jnp.arange(16)[None]
     logits = nnx.merge(graphdef, params)(tokens)
     changed = nnx.merge(graphdef, params)(tokens.at[0, 9:].set(7))
@@ -70,8 +147,8 @@ def test_vectors_are_not_decayed(optimizer):
         ivon_clip_radius=1.0,
         warmup=0,
     )
-    params = nnx.state(gpt2.GPT(config, 256, nnx.Rngs(0)))
-    tx = gpt2.create_optimizer(config)
+    params = nnx.state(GPT(config, 256, nnx.Rngs(0)))
+    tx = create_optimizer(config)
     zeros = jax.tree.map(jnp.zeros_like, params)
     extra = {"hess": zeros} if optimizer == "ivon" else {}
     updates, _ = tx.update(zeros, tx.init(params), params, **extra)
@@ -91,12 +168,12 @@ def buffers(optimizer, dtype):
     """Peak memory of a compiled step, in parameters; tokens enough to matter."""
     if (optimizer, dtype) not in PEAKS:
         config = configure(optimizer=optimizer, dtype=dtype, block=128, batch_size=4)
-        mesh = gpt2.create_mesh("")
+        mesh = create_mesh("")
         with jax.set_mesh(mesh):
             graphdef, params = shapes(config, 2048)
-            tx = gpt2.create_optimizer(config)
-            loss_fn = gpt2.create_losses(graphdef)[0]
-            step = gpt2.create_train_step(loss_fn, tx, config, mesh)
+            tx = create_optimizer(config)
+            loss_fn = create_losses(graphdef)[0]
+            step = create_train_step(loss_fn, tx, config, mesh)
             tokens = jax.ShapeDtypeStruct((4, 129), jnp.int32)
             key = jax.eval_shape(lambda: jax.random.key(0))
             args = params, jax.eval_shape(tx.init, params), tokens, key
@@ -116,8 +193,8 @@ def test_ivon_needs_theta_beside_what_adamw_needs(dtype, allowed):
 
 def test_batches_depend_on_the_step_alone():
     config = configure()
-    mesh = gpt2.create_mesh("")
-    tokens = gpt2.Tokens(np.arange(1000, dtype=np.uint16), 1000, config, mesh)
+    mesh = create_mesh("")
+    tokens = Tokens(np.arange(1000, dtype=np.uint16), 1000, config, mesh)
     first, again, other = (np.asarray(tokens.random(step)) for step in (3, 3, 4))
     assert first.shape == (8, 17)
     np.testing.assert_array_equal(first, again)
@@ -127,7 +204,7 @@ def test_batches_depend_on_the_step_alone():
 def test_token_binaries_are_read_as_nanogpt_writes_them(tmp_path):
     for name, count in (("train", 100), ("val", 50)):
         np.arange(count, dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
-    train, validation, vocabulary = gpt2.load_data(configure(data=str(tmp_path)))
+    train, validation, vocabulary = load_data(configure(data=str(tmp_path)))
     assert (len(train), len(validation), vocabulary) == (100, 50, 50304)
     assert isinstance(train, np.memmap)
 
@@ -135,7 +212,7 @@ def test_token_binaries_are_read_as_nanogpt_writes_them(tmp_path):
 def test_validation_text_is_held_out(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(bytes(range(200)) * 5)
-    train, validation, _ = gpt2.load_data(configure(data=str(path)))
+    train, validation, _ = load_data(configure(data=str(path)))
     assert (len(train), len(validation)) == (950, 50)
 
 
@@ -163,26 +240,34 @@ def test_bad_flags_are_clear_errors(flags, message, tmp_path, monkeypatch):
     for name in ("train", "val"):
         np.full(100, 60000, np.uint16).tofile(tmp_path / "large" / f"{name}.bin")
     with pytest.raises(SystemExit, match=re.escape(message)):
-        gpt2.run(configure(f"{TOY} {flags}"))
+        run(configure(f"{TOY} {flags}"))
 
 
 def test_a_mesh_that_cannot_cut_the_network_is_named():
     """Four heads over eight devices."""
-    mesh = jax.sharding.AbstractMesh((1, 1, 8), gpt2.AXES)
+    mesh = jax.sharding.AbstractMesh((1, 1, 8), AXES)
     params = shapes(configure(), 256)[1]
     with pytest.raises(SystemExit, match=r"`--mesh` cannot cut .* of shape"):
-        gpt2.parameter_shardings(params, mesh)
+        parameter_shardings(params, mesh)
+
+
+def launch(folder, flags, *options):
+    """The example in a process of its own, in `folder`."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        [sys.executable, *options, SCRIPT, *shlex.split(flags)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
 
 
 def start(folder, flags):
-    """The example in a process of its own, in `folder`."""
+    """The same on a text, with as few and small steps as the tests need."""
     (folder / "text.txt").write_bytes(TEXT.read_bytes())
-    command = [sys.executable, SCRIPT, *shlex.split(f"{TOY} {flags}")]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=folder, stdout=pipe, stderr=pipe, text=True, env=env
-    )
+    return launch(folder, f"{TOY} {flags}")
 
 
 def finish(*processes):
@@ -191,6 +276,16 @@ def finish(*processes):
     for process, (_, stderr) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, stderr
     return outputs
+
+
+def test_it_runs_at_the_toy_size_of_its_header_and_draws(tmp_path):
+    """With warnings as errors; the folder gets its picture and checkpoints alone."""
+    toy = re.search(r"^Toy size: `(.*)`", SCRIPT.read_text(), re.MULTILINE).group(1)
+    [(stdout, _)] = finish(launch(tmp_path, toy, "-W", "error"))
+    assert "| perplexity | tokens " in stdout
+    names = re.findall(r"^\| (IVON\S*) +\| +[\d.]+ \|", stdout, re.MULTILINE)
+    assert names == ["IVON@mean", "IVON"]
+    assert {path.name for path in tmp_path.iterdir()} >= {"gpt2.png", "checkpoints"}
 
 
 def start_two(folder, flags=""):
@@ -303,7 +398,7 @@ def test_a_run_of_another_configuration_is_no_damage(
     (tmp_path / "other.txt").write_bytes(TEXT.read_bytes().swapcase())
     (tmp_path / "end.txt").write_bytes(TEXT.read_bytes()[:-1] + b"~")
     with pytest.raises(SystemExit, match=re.escape(difference)):
-        gpt2.run(configure(f"{TOY} {flags}"))
+        run(configure(f"{TOY} {flags}"))
     assert (tmp_path / "checkpoints" / "gpt2" / "10").exists()
 
 

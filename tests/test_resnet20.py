@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import resnet20
-from common import checkpoints
+from checkpoint import Folder
 from flax import nnx
 from PIL import Image
 
@@ -281,14 +281,14 @@ def test_run_that_stopped_ends_as_one_that_did_not(tmp_path, monkeypatch):
         return nnx.state(modules), [{**epoch, "seconds": 0} for epoch in log]
 
     expected = run(str(tmp_path / "whole"))
-    save = checkpoints.Folder.save
+    save = Folder.save
 
     def interrupted(folder, epoch, *args):
         save(folder, epoch, *args)
         if epoch == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints.Folder, "save", interrupted)
+    monkeypatch.setattr(Folder, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(str(tmp_path / "parts"))
     monkeypatch.undo()

@@ -1,1 +1,1 @@
-"""What the studies share: flags, data, networks, training, results, checkpoints."""
+"""What the studies share: flags, data, networks, training, results, examples/gpt2."""

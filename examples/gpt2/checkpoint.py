@@ -1,13 +1,13 @@
 """Checkpoints that outlive a kill, a full disk, flipped bits and a second run.
 
-    with checkpoints.Folder(path, identity) as folder:
+    with checkpoint.Folder(path, identity) as folder:
         state, log, start = folder.restore(state)
         for step in range(start, ...):
             ...
             folder.save(step, state, log)  # written while training goes on
             folder.check()  # did that fail meanwhile?
 
-    with checkpoints.ends_at_once():  # around main
+    with checkpoint.ends_at_once():  # around main
         main()
 
 Orbax writes the arrays, in shards, from as many processes as there are. It does not
@@ -18,19 +18,18 @@ of its record.
 import contextlib
 import dataclasses
 import fcntl
-import json
 import logging
 import os
 import pathlib
 import sys
 import tempfile
 import threading
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from checksums import checksum, checksum_of_record, describe
 from jax.experimental import multihost_utils
 
 # What Orbax logs is raised, too, and reported once.
@@ -59,7 +58,7 @@ def identify(config, free, **data):
     """
     fields = dataclasses.asdict(config).items()
     common = {k: v for k, v in fields if k not in free and k not in data}
-    return common | {name: _describe(arrays) for name, arrays in data.items()}
+    return common | {name: describe(arrays) for name, arrays in data.items()}
 
 
 class Folder:
@@ -97,7 +96,7 @@ class Folder:
             "log": log,
             "state": int(checksum(state)),
         }
-        record["checksum"] = _checksum_of_text(record)
+        record["checksum"] = checksum_of_record(record)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
         )
@@ -227,53 +226,6 @@ def agreed(read):
     return value, reason
 
 
-@jax.jit
-def checksum(state):
-    """Return the sum of hashes of all entries and places: the same on any mesh."""
-    total = jnp.zeros([], jnp.uint32)
-    for number, x in enumerate(jax.tree.leaves(state)):
-        bits = _bits(x)
-        place = jnp.full(bits.shape, number, jnp.uint32)
-        for axis, size in enumerate(bits.shape):
-            along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-            place = place * np.uint32(size % 2**32) + along
-        total += jnp.sum(_mixed(bits ^ _mixed(place)), dtype=jnp.uint32)
-    return total
-
-
-def _bits(x):
-    """The bits of an array, as uint32."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if x.dtype != bool:
-        widths = {1: jnp.uint8, 2: jnp.uint16}
-        unsigned = widths.get(x.dtype.itemsize, jnp.uint32)
-        x = jax.lax.bitcast_convert_type(x, unsigned)
-    return x.astype(jnp.uint32)
-
-
-def _mixed(x):
-    """Hash uint32 one to one: the finalizer of MurmurHash3."""
-    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def _describe(arrays):
-    """Tell one list of arrays from any other; they may be larger than the memory."""
-    count, crc = 0, 0
-    for array in map(np.ascontiguousarray, arrays):
-        count += len(array)
-        crc = zlib.crc32(f"{array.dtype}{array.shape}".encode(), crc)
-        crc = zlib.crc32(array, crc)
-    return f"{count} entries of CRC-32 {crc:08x}"
-
-
-def _checksum_of_text(record):
-    """Return the CRC-32 of a record, as JSON."""
-    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
-
-
 def _first_line(error):
     return str(error).partition("\n")[0] or repr(error)
 
@@ -282,7 +234,7 @@ def _read_record(path):
     """Return configuration, log and checksum of one checkpoint, or raise."""
     reader = _alone(ocp.JsonCheckpointHandler)
     record = reader.restore(path / "record", args=ocp.args.JsonRestore())
-    if record.pop("checksum") != _checksum_of_text(record):
+    if record.pop("checksum") != checksum_of_record(record):
         raise ValueError("its record does not have its checksum.")
     return record
 
