@@ -209,7 +209,8 @@ def value_and_grad(
       variables that `loss_fn` changes (batch statistics) become their mean over the
       draws, and of others (the counts of random streams) the last draw's stay. Each
       draw has random keys, so dropout masks, of its own. Variables that `loss_fn`
-      creates, such as sown intermediates, are not kept: return them as aux.
+      creates, such as sown intermediates, are not kept: return them as aux. An
+      `nnx.Rngs` belongs in the model; for an argument take a key.
 
     Raises:
       TypeError, ValueError: as `ivon_jax.value_and_grad`; `wrt` is not the optimizer's.
@@ -219,6 +220,7 @@ def value_and_grad(
     def estimate(key, model, optimizer, *args, **kwargs):
         order = "(key, model, optimizer, *args)"
         _checks.nnx_arguments(order, model, optimizer)
+        _reject_streams(args, kwargs)
         of_optimizer = nnx.state(model, optimizer.wrt)
         graphdef, params, keys, rest = nnx.split(model, wrt, nnx.RngKey, ...)
         _checks.same_filter(params, of_optimizer, wrt, optimizer.wrt)
@@ -239,6 +241,23 @@ def value_and_grad(
         return ((loss, aux) if has_aux else loss), result
 
     return estimate
+
+
+def _reject_streams(args, kwargs):
+    """Reject random streams, whose counts no draw can change within a derivative."""
+
+    def is_stream(node):
+        return isinstance(node, (nnx.Rngs, nnx.RngStream, nnx.RngState))
+
+    named = jax.tree_util.tree_leaves_with_path((args, kwargs), is_leaf=is_stream)
+    for (which, *path), node in named:
+        if is_stream(node):
+            name = ("args", "kwargs")[which.idx] + jax.tree_util.keystr(tuple(path))
+            raise TypeError(
+                f"`args` must have no stream of random keys, got {type(node).__name__} "
+                f"at {name}: each draw needs keys of its own. Give it to the model, as "
+                "`nnx.Dropout(0.1, rngs=rngs)` does, or pass `rngs.dropout()`, a key."
+            )
 
 
 def _in_variables(params, tree):

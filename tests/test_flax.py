@@ -367,6 +367,25 @@ def test_each_draw_has_a_dropout_mask_of_its_own(options):
     assert model.dropout.rngs.count[...] == 2
 
 
+@pytest.mark.parametrize("options", [{}, {"mc_samples": 2}, {"microbatches": 2}])
+def test_a_stream_of_keys_is_no_argument(options):
+    """Flax itself says that its count cannot be changed there, and not what to do."""
+
+    def loss(model, x, rngs):
+        return jnp.mean(nnx.Dropout(0.5)(model(x), rngs=rngs))
+
+    grad_fn = ivon_jax.flax.value_and_grad(loss, **options)
+    args = jax.random.key(0), *nnx_model()
+    rngs = nnx.Rngs(0)
+    streams = {"args[1]": ([X, rngs], {}), "kwargs['rngs']": ([X], {"rngs": rngs})}
+    for name, (rest, named) in streams.items():
+        message = f"`args` must have no stream of random keys, got Rngs at {name}: each"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            grad_fn(*args, *rest, **named)
+    loss, _ = grad_fn(*args, X, rngs.dropout())
+    assert np.isfinite(loss)
+
+
 def test_nnx_optimizer_steps_down_with_everything_at_once():
     """Samples, micro-batches, bfloat16, dropout and batch statistics; one trace."""
     model, optimizer = nnx_model()
