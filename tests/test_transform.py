@@ -35,6 +35,14 @@ def test_state_holds_arrays_only():
     assert all(isinstance(leaf, jax.Array) and not leaf.weak_type for leaf in leaves)
 
 
+def test_a_jitted_init_is_init():
+    """Also of a prior, which the state copies."""
+    prior = ivon_jax.Posterior.isotropic(PARAMS, 2.0)
+    for options in {}, {"prior": prior}:
+        tx = ivon_jax.ivon(0.1, ess=100, hess_init=0.3, **options)
+        chex.assert_trees_all_equal(jax.jit(tx.init)(PARAMS), tx.init(PARAMS))
+
+
 def test_jitted_step_compiles_once(key):
     tx = ivon_jax.ivon(0.1, ess=100)
     params, opt_state = PARAMS, tx.init(PARAMS)
