@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test mutants lint benchmark
+.PHONY: quickstart test mutants lint benchmark page
 
 quickstart: .venv/examples.installed
 	$(BIN)/python examples/digits.py
@@ -30,9 +30,13 @@ clients: .venv-clients/installed
 	.venv-clients/bin/python -m pip install --quiet --editable ".[clients]"
 	@touch $@
 
-# DATA=folder has the data sets; ONLY="uci.py --mnist" runs these. See benchmarks/README.md.
+# DATA=folder has the data sets; ONLY="uci _mnist" measures these again.
 benchmark: .venv/benchmarks.installed
 	DATA="$(DATA)" $(BIN)/python benchmarks/run.py $(ONLY)
+
+# benchmarks/README.md and its plots, from page.md and the data in results/.
+page: .venv/benchmarks.installed
+	$(BIN)/python benchmarks/render.py
 
 .venv/%.installed: pyproject.toml | .venv/bin/python
 	@echo "Installing ivon-jax[$*] into .venv: a minute or two, once"

@@ -8,7 +8,7 @@ Six minutes of one core for the digits.
 Networks, data and the tuning of AdamW, SGD and IVON are those of uncertainty.py. Tables
 of the Hessian's initial value, of the number of samples in prediction and in training,
 and of test images with noise, blur, less contrast and rotation, in five severities
-each. ablations.png is a picture of all.
+each.
 """
 
 import dataclasses
@@ -18,11 +18,10 @@ import baselines
 import jax
 import jax.numpy as jnp
 import numpy as np
-import report
 import uncertainty
-from matplotlib.figure import Figure
+from common import flags, results
+from common.flags import Count, Results
 from scipy import ndimage
-from scipy.stats import sem
 
 HESS_INITS = 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0
 NUM_SAMPLES = 1, 2, 4, 8, 16, 32, 64
@@ -35,7 +34,6 @@ SHIFTS = {  # of images (N, size, size) in [0, 1], by severity 1 to 5
 }
 SHIFTED = "AdamW", "SGD", "IVON@mean", "IVON"
 TITLES = "accuracy %", "NLL", "ECE", "Brier"
-COLORS = "#999999", "#D55E00", "#009E73", "#0072B2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +42,12 @@ class Config:
 
     mnist: str = ""  # .npz with `images` and `labels`
     epochs: int = 0  # 0: what uncertainty.py has for the data set
-    trials: report.Count = 16  # of each system
-    seeds: report.Count = 5
-    members: report.Count = 5  # of an ensemble: the first is used, for its seeds
+    trials: Count = 16  # of each system
+    seeds: Count = 5
+    members: Count = 5  # of an ensemble: the first is used, for its seeds
     tuning_seeds: int = 0  # 0: what uncertainty.py has
-    num_samples: report.Count = 64
-    plot: report.Picture = "ablations.png"
+    num_samples: Count = 64
+    results: Results = "ablations.json"
 
 
 def train(system, settings, task, config, description):
@@ -136,72 +134,37 @@ def of_shift(settings, task, config):
     return {system: rows[system] for system in SHIFTED}
 
 
-def save_plot(path, hess_init, prediction, training, shift):
-    """Draw NLL in all of the tables."""
-    figure = Figure(figsize=(13, 3.2), layout="constrained")
-    axes = figure.subplots(1, 4)
-
-    def line(panel, x, rows, color, label=None):
-        nll = np.array([row["NLL"] for row in rows])
-        errors = [sem(values) for values in nll]
-        panel.errorbar(x, nll.mean(1), errors, color=color, marker="o", label=label)
-
-    means, samples = zip(*hess_init.values(), strict=True)
-    line(axes[0], HESS_INITS, means, COLORS[2], "IVON@mean")
-    line(axes[0], HESS_INITS, samples, COLORS[3], "IVON")
-    axes[0].set(xscale="log", yscale="log", xlabel="$h_0$", ylabel="test NLL (nats)")
-    rows = [prediction[str(n)] for n in NUM_SAMPLES]
-    line(axes[1], NUM_SAMPLES, rows, COLORS[3])
-    axes[1].axhline(prediction["mean"]["NLL"].mean(), color=COLORS[2], ls="--")
-    axes[1].set(xscale="log", xlabel="samples in prediction")
-    line(axes[2], MC_SAMPLES, training.values(), COLORS[3])
-    axes[2].set(xscale="log", xlabel="samples in training")
-    for color, (name, rows) in zip(COLORS, shift.items(), strict=True):
-        line(axes[3], range(len(rows)), rows, color, name)
-    axes[3].set(xlabel="severity of the shift")
-    for panel, counts in ((axes[1], NUM_SAMPLES), (axes[2], MC_SAMPLES)):
-        panel.set_xticks(counts, counts)
-        panel.set_xticks([], minor=True)
-    for panel in (axes[0], axes[3]):
-        panel.legend(frameon=False)
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-
-
 def main():
     """Tune, train, and print the tables."""
-    config = report.parse_args(Config, __doc__)
+    config = flags.parse(Config, __doc__)
     make_task = uncertainty.mnist_task if config.mnist else uncertainty.digits_task
     task = make_task(config)
-    report.print_conditions(config)
+    study = results.Study(config)
     names = "AdamW", "SGD", "IVON"
-    tuned = {name: uncertainty.tune(name, task, config) for name in names}
-    settings = {name: setting for name, (setting, *_) in tuned.items()}
+    settings = {name: uncertainty.tune(study, name, task, config)[0] for name in names}
     hess_init = of_hess_init(settings["IVON"], task, config)
     prediction, training = of_num_samples(settings["IVON"], task, config)
     shift = of_shift(settings, task, config)
 
-    report.print_table(report.TRIALS, [cells for *_, cells in tuned.values()])
-    uncertainty.print_scores(
-        ["h_0", *(f"{title} at the mean" for title in TITLES), *TITLES],
-        [
-            (h, [*mean.items(), *samples.items()])
-            for h, (mean, samples) in hess_init.items()
-        ],
-    )
-    for title, table in (("prediction", prediction), ("training", training)):
-        rows = [(name, row.items()) for name, row in table.items()]
-        uncertainty.print_scores([f"samples in {title}", *TITLES], rows)
-    uncertainty.print_scores(
-        ["severity, system", *TITLES],
-        [
-            (f"{severity}, {name}", rows[severity].items())
-            for severity in range(6)
-            for name, rows in shift.items()
-        ],
-    )
-    save_plot(config.plot, hess_init, prediction, training, shift)
+    rows = [
+        {"h_0": float(h), **at_mean(mean), **samples}
+        for h, (mean, samples) in hess_init.items()
+    ]
+    study.table("h_0", rows)
+    for title, found in (("prediction", prediction), ("training", training)):
+        rows = [{"samples": count, **row} for count, row in found.items()]
+        study.table(f"samples in {title}", rows)
+    rows = [
+        {"severity": severity, "system": name, **row}
+        for severity in range(6)
+        for name, row in ((name, rows[severity]) for name, rows in shift.items())
+    ]
+    study.table("shifted", rows)
+
+
+def at_mean(columns):
+    """Name the columns of predictions at the mean."""
+    return {f"{title} at the mean": values for title, values in columns.items()}
 
 
 if __name__ == "__main__":

@@ -19,14 +19,12 @@ the other half of the test images. "x3" averages the probabilities of the three 
 which for IVON is Multi-IVON.
 
 `--minutes` bounds the whole run: as many epochs as fit are trained, at most `--epochs`.
-What was measured is in the `--json` file at once, also of a run that is stopped. On one
+What was measured is in `--results` at once, also of a run that is stopped. On one
 H200 an epoch of all four systems, three networks each, takes ten seconds.
 """
 
 import concurrent.futures
 import dataclasses
-import json
-import pathlib
 import threading
 import time
 
@@ -34,14 +32,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
 import resnet20
+from common import flags, results
+from common.flags import Count, Positive, Results
+from common.scores import over_seeds, scores
 from flax import nnx
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import ivon_jax
-from ivon_jax import metrics
 
 PAPER = {"AdamW": 0.002, "SGD": 0.1, "IVON": 0.2, "frozen": 0.2}  # rates, batches of 50
 PUBLISHED = {  # accuracy and NLL after 200 epochs (Table 2)
@@ -52,8 +50,7 @@ PUBLISHED = {  # accuracy and NLL after 200 epochs (Table 2)
 }
 FACTORS = (1.0, 2.0, 4.0)
 RESERVE = 90  # seconds for the predictions
-COLUMNS = "accuracy %", "NLL", "ECE", "Brier"
-DIGITS = 2, 4, 4, 4
+DIGITS = {"accuracy %": 2, "NLL": 4, "ECE": 4, "Brier": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +59,19 @@ class Config:
 
     data: str = "synthetic"  # an npz file as benchmarks/resnet20.py reads it
     systems: str = "AdamW,SGD,IVON,frozen"
-    epochs: report.Count = 40  # at most
-    pilot_epochs: report.Count = 8
-    minutes: report.Positive = 60.0  # for everything
+    epochs: Count = 40  # at most
+    pilot_epochs: Count = 8
+    minutes: Positive = 60.0  # for everything
     warmup: float = 0.025  # share of the steps
-    batch_size: report.Count = 200
-    depth: report.Count = 20
-    width: report.Count = 16
-    hess_init: report.Positive = 0.5
+    batch_size: Count = 200
+    depth: Count = 20
+    width: Count = 16
+    hess_init: Positive = 0.5
     weight_decay: float = 2e-4
-    num_samples: report.Count = 64
+    num_samples: Count = 64
     vectorize: int = 0  # 0: one member after the other, in a loop
-    eval_every: report.Count = 4  # epochs
-    json: str = "cifar.json"
-    plot: report.Picture = "cifar.png"
+    eval_every: Count = 4  # epochs
+    results: Results = "cifar.json"
 
 
 def create_optimizer(system, schedule, b2, num_train, config):
@@ -224,20 +220,9 @@ def train(study, key, peaks, epochs, data, test, bar, keep):
         bar.update()
         if epoch + 1 == epochs or (epoch + 1) % study.config.eval_every == 0:
             probs = study.mean_probs(states, test[0])
-            row = [scores(p, test[1]) for p in probs]
+            row = over_seeds([scores(p, test[1]) for p in probs])
             keep({"epoch": epoch + 1, "loss": losses.tolist(), "mean": row})
     return states, fastest
-
-
-def scores(probs, labels):
-    """Return the columns of the table."""
-    values = (
-        100 * metrics.accuracy(probs, labels),
-        metrics.negative_log_likelihood(probs, labels),
-        metrics.expected_calibration_error(probs, labels),
-        metrics.brier_score(probs, labels),
-    )
-    return dict(zip(COLUMNS, map(float, values), strict=True))
 
 
 def temper(probs, labels):
@@ -264,10 +249,10 @@ def tabulate(probs, labels):
     """Return the scores of each member, tempered too, and of their average."""
     average = jnp.mean(probs, axis=0)
     return {
-        "": [scores(p, labels) for p in probs],
-        "T": [scores(temper(p, labels), labels) for p in probs],
-        "x3": [scores(average, labels)],
-        "x3, T": [scores(temper(average, labels), labels)],
+        "": over_seeds([scores(p, labels) for p in probs]),
+        "T": over_seeds([scores(temper(p, labels), labels) for p in probs]),
+        "x3": scores(average, labels),
+        "x3, T": scores(temper(average, labels), labels),
     }
 
 
@@ -284,41 +269,42 @@ def load(config):
     ]
 
 
-def run(config, result, save):
-    """Fill `result`, and save it whenever something was measured."""
-    start = time.perf_counter()
+def run(config, kept):
+    """Keep whatever was measured at once."""
+    start, lock, rates, logs, rows = time.perf_counter(), threading.Lock(), {}, {}, []
     train_data, test = load(config)
     cut = len(train_data[1]) // 10 * 9
     data = tuple(x[:cut] for x in train_data)
     validation = tuple(x[cut:] for x in train_data)
     model = resnet20.ResNet(config.depth, config.width, 10, nnx.Rngs(0))
     studies = [Study(s, nnx.graphdef(model), config) for s in config.systems.split(",")]
-    systems = result["systems"] = {study.system: {} for study in studies}
 
     def pilot(study):
         peaks = PAPER[study.system] * jnp.array(FACTORS)
         log, args = [], (config.pilot_epochs, data, validation, bar)
         _, seconds = train(study, jax.random.key(1), peaks, *args, log.append)
-        losses = [row["NLL"] for row in log[-1]["mean"]]
-        trials = dict(zip(peaks.tolist(), losses, strict=True))
-        systems[study.system]["pilot"] = trials
-        save()
+        settings = [{"learning rate": peak} for peak in peaks.tolist()]
+        with lock:
+            best = kept.trials(study.system, settings, log[-1]["mean"]["NLL"])
+        rates[study.system] = peaks[best]
         return seconds
 
     def final(study):
-        mine = systems[study.system]
-        rates = list(mine["pilot"])
-        mine["rate"] = rates[report.best(list(mine["pilot"].values()))]
-        mine["log"] = []
-
         def keep(entry):
-            mine["log"].append(entry)
-            save()
+            with lock:
+                logs.setdefault(study.system, []).append(entry)
+                kept.curves("by epoch", logs)
 
-        peaks, args = jnp.full(len(FACTORS), mine["rate"]), (epochs, data, test, bar)
-        states, _ = train(study, jax.random.key(2), peaks, *args, keep)
-        mine |= study.tables(states, test)
-        save()
+        peaks = jnp.full(len(FACTORS), rates[study.system])
+        states, _ = train(
+            study, jax.random.key(2), peaks, epochs, data, test, bar, keep
+        )
+        found = study.tables(states, test)
+        with lock:
+            rows.extend(rows_of(found["test"]))
+            kept.table("test", rows, DIGITS)
+            if "hess" in found:
+                kept.table("quantiles of h over the weights", [found["hess"]])
 
     # Together, because compiling takes longer than training.
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -327,10 +313,9 @@ def run(config, result, save):
             seconds = list(pool.map(pilot, studies))
         left = 60 * config.minutes - (time.perf_counter() - start) - RESERVE
         epochs = int(max(1, min(config.epochs, left / max(seconds))))
-        result["epochs"] = epochs
+        kept.table("length", [{"epochs": epochs}])
         with tqdm(total=epochs * len(studies), unit="epoch", leave=False) as bar:
             list(pool.map(final, studies))
-    result["minutes"] = (time.perf_counter() - start) / 60
 
 
 def spread(states):
@@ -341,74 +326,21 @@ def spread(states):
     return dict(zip(map(str, levels), np.quantile(hess, levels).tolist(), strict=True))
 
 
-def print_results(result, config):
-    """Print the table, the learning rates and the spread of h."""
-    rows, systems = [], result["systems"]
-    tables = {n: t for s in systems.values() for n, t in s["test"].items()}
-    for name, variants in tables.items():
-        for variant, members in variants.items():
-            columns = zip(COLUMNS, DIGITS, strict=True)
-            cells = [cell([m[c] for m in members], digits) for c, digits in columns]
-            paper = PUBLISHED.get(name, ("", "")) if not variant else ("", "")
-            rows.append((f"{name} {variant}".strip(), *cells, *paper))
-    report.print_table(("", *COLUMNS, "paper, accuracy %", "NLL"), rows)
-    rows = [
-        (name, *(f"{rate:.3g}: {nll:.4f}" for rate, nll in s["pilot"].items()))
-        for name, s in systems.items()
-    ]
-    names = [f"rate x {factor:g}: validation NLL" for factor in FACTORS]
-    report.print_table(("", *names), rows)
-    print(f"{result['epochs']} epochs, {result['minutes']:.1f} minutes in all.")
-    for system in systems.values():
-        if "hess" in system:
-            levels = [f"{float(q):.0%} {h:.3g}" for q, h in system["hess"].items()]
-            text = f"h by quantiles of the weights, from h_0 = {config.hess_init}: "
-            print(text + ", ".join(levels))
-
-
-def cell(values, digits):
-    """Return a cell of one value, or of several with their standard error."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return report.mean_and_error(values, digits)
-
-
-def draw(path, result):
-    """Draw the NLL at the mean after every few epochs, and the average's at the end."""
-    figure = Figure(figsize=(6.4, 4.0), dpi=200, layout="constrained")
-    axes = figure.subplots()
-    for name, system in result["systems"].items():
-        log = system["log"]
-        epochs = [entry["epoch"] for entry in log]
-        nll = np.array([[m["NLL"] for m in entry["mean"]] for entry in log])
-        axes.plot(epochs, nll.mean(axis=1), label=f"{name} (one network)")
-    if "IVON" in result["systems"]:
-        nll = [m["NLL"] for m in result["systems"]["IVON"]["test"]["IVON"][""]]
-        args = result["epochs"], np.mean(nll), "*"
-        axes.plot(*args, markersize=12, label="IVON (averaged over samples)")
-    axes.set(xlabel="epoch", ylabel="test NLL", yscale="log")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+def rows_of(found):
+    """Yield a record of each way to predict; the paper's are of 200 epochs."""
+    for name, variants in found.items():
+        for variant, columns in variants.items():
+            paper = PUBLISHED.get(name, (None, None)) if not variant else (None, None)
+            published = dict(
+                zip(("paper, accuracy %", "paper, NLL"), paper, strict=True)
+            )
+            yield {"system": f"{name} {variant}".strip(), **columns, **published}
 
 
 def main():
-    """Train, print, save."""
-    config = report.parse_args(Config, __doc__)
-    report.print_conditions(config)
-    environment = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    result = {"config": dataclasses.asdict(config), "environment": environment}
-    path, lock = pathlib.Path(config.json), threading.Lock()
-
-    def save():
-        with lock:
-            path.write_text(json.dumps(result, indent=1) + "\n")
-
-    save()
-    run(config, result, save)
-    save()
-    print_results(result, config)
-    draw(config.plot, result)
+    """Train, and keep what comes."""
+    config = flags.parse(Config, __doc__)
+    run(config, results.Study(config))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
-from sklearn.datasets import load_digits
+from common import datasets, flags, networks, results
+from common.flags import Count, Results
+from common.scores import DIGITS, over_seeds, scores
 from tqdm import tqdm
 
 import ivon_jax
-from ivon_jax import metrics
 
 ESTIMATORS = ("squared_gradient", "gauss_newton", "reparameterization")
 GRID = tuple(itertools.product((0.1, 0.3, 1.0), (0.1, 0.3, 1.0)))
@@ -33,13 +33,14 @@ GRID = tuple(itertools.product((0.1, 0.3, 1.0), (0.1, 0.3, 1.0)))
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    epochs: report.Count = 400
-    batch_size: report.Count = 50
-    width: report.Count = 128
+    epochs: Count = 400
+    batch_size: Count = 50
+    width: Count = 128
     b2: float = 0.9997  # averages the Hessian over half of the 6800 steps
-    seeds: report.Count = 5
-    tuning_seeds: report.Count = 2
-    num_samples: report.Count = 64
+    seeds: Count = 5
+    tuning_seeds: Count = 2
+    num_samples: Count = 64
+    results: Results = "estimators.json"
 
 
 def init(key, width):
@@ -55,30 +56,16 @@ def init(key, width):
     ]
 
 
-def apply(params, images):
-    """Logits (N, 10) of images (N, 64)."""
-    *hidden, last = params
-    for layer in hidden:
-        images = jax.nn.relu(images @ layer["w"] + layer["b"])
-    return images @ last["w"] + last["b"]
-
-
-def loss_fn(params, images, labels):
-    """Mean cross-entropy of a batch."""
-    logits = apply(params, images)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
 def make_step(tx, estimator):
     """A training step; without an estimator that of plain optax."""
 
     def step(carry, images, labels, key):
         params, opt_state = carry
         if estimator is None:
-            grads = jax.grad(loss_fn)(params, images, labels)
+            grads = jax.grad(networks.loss)(params, images, labels)
             updates, opt_state = tx.update(grads, opt_state, params)
         else:
-            grad_fn = ivon_jax.value_and_grad(loss_fn, hess_estimator=estimator)
+            grad_fn = ivon_jax.value_and_grad(networks.loss, hess_estimator=estimator)
             _, estimate = grad_fn(key, params, opt_state, images, labels)
             updates, opt_state = estimate.update(tx, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
@@ -126,7 +113,7 @@ def trainer(config, estimator, train, test):
         (params, opt_state), _ = jax.lax.scan(epoch, carry, epoch_keys)
         q = ivon_jax.posterior(params, opt_state)
         probs = ivon_jax.predict(
-            lambda theta: jax.nn.softmax(apply(theta, test[0])),
+            lambda theta: jax.nn.softmax(networks.apply(theta, test[0])),
             q,
             predict_key,
             config.num_samples,
@@ -136,19 +123,7 @@ def trainer(config, estimator, train, test):
     return jax.jit(run)
 
 
-def scores(probs, labels):
-    """Accuracy in percent, NLL, ECE and Brier score."""
-    return jnp.stack(
-        [
-            100 * metrics.accuracy(probs, labels),
-            metrics.negative_log_likelihood(probs, labels),
-            metrics.expected_calibration_error(probs, labels),
-            metrics.brier_score(probs, labels),
-        ]
-    )
-
-
-def tuned(config, estimator, train, bar):
+def tuned(study, config, estimator, train, bar):
     """The (learning rate, h_0) of the lowest NLL on a third of the training half."""
     images, labels = train
     cut = 2 * len(labels) // 3
@@ -158,9 +133,10 @@ def tuned(config, estimator, train, bar):
     losses = {}
     for pair in GRID:
         keys = jax.random.split(jax.random.key(1000), config.tuning_seeds)
-        losses[pair] = np.mean([run(key, *pair)[1] for key in keys])
+        losses[pair] = np.mean([run(key, *pair)["NLL"] for key in keys])
         bar.update(config.tuning_seeds)
-    return GRID[report.best([losses[pair] for pair in GRID])]
+    settings = [dict(zip(("learning_rate", "hess_init"), p, strict=True)) for p in GRID]
+    return GRID[study.trials(estimator, settings, [losses[pair] for pair in GRID])]
 
 
 def cost(config, estimator, tx, train):
@@ -179,15 +155,11 @@ def cost(config, estimator, tx, train):
 
 
 def main():
-    """Tune, train, measure and print."""
-    config = report.parse_args(Config, __doc__)
-    report.print_conditions(config)
+    """Tune, train and measure."""
+    config = flags.parse(Config, __doc__)
+    study = results.Study(config)
 
-    images, labels = load_digits(return_X_y=True)
-    images = jnp.asarray(images / 16, jnp.float32)
-    labels = jnp.asarray(labels, jnp.int32)
-    half = len(labels) // 2
-    train, test = (images[:half], labels[:half]), (images[half:], labels[half:])
+    train, test = datasets.load_halves()
 
     _, adamw_time = cost(config, None, optax.adamw(1e-3), train)
     total = len(ESTIMATORS) * (len(GRID) * config.tuning_seeds + config.seeds)
@@ -195,29 +167,28 @@ def main():
     with tqdm(total=total, unit="run", leave=False) as bar:
         for estimator in ESTIMATORS:
             bar.set_description(estimator)
-            pair = tuned(config, estimator, train, bar)
+            pair = tuned(study, config, estimator, train, bar)
             run = trainer(config, estimator, train, test)
-            results = []
+            runs = []
             for key in jax.random.split(jax.random.key(0), config.seeds):
-                results.append(run(key, *pair))
+                runs.append(run(key, *pair))
                 bar.update()
-            tx = make_ivon(config, *pair, half)
+            tx = make_ivon(config, *pair, len(train[1]))
             lines.append(
                 (
                     estimator,
                     pair,
-                    np.array(results),
+                    runs,
                     *cost(config, estimator, tx, train),
                 )
             )
 
-    decimals, rows = (1, 3, 3, 3), []
-    for estimator, (learning_rate, hess_init), results, memory, seconds in lines:
-        cells = map(report.mean_and_error, results.T, decimals)
-        last = f"{memory / 2**20:.2f} MiB", f"{seconds / adamw_time:.1f}"
-        rows.append((estimator, f"{learning_rate:g}, {hess_init:g}", *cells, *last))
-    titles = "lr, h_0", "accuracy %", "NLL", "ECE", "Brier", "memory", "time / AdamW"
-    report.print_table(("h_hat", *titles), rows)
+    rows = []
+    for estimator, (learning_rate, hess_init), runs, memory, seconds in lines:
+        row = {"h_hat": estimator, "learning rate": learning_rate, "h_0": hess_init}
+        row |= over_seeds(runs) | {"memory, MiB": memory / 2**20}
+        rows.append(row | {"time / AdamW": seconds / adamw_time})
+    study.table("test", rows, DIGITS | {"memory, MiB": 2, "time / AdamW": 1})
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import tempfile
 from pydoc_data import topics
 
 import jax
-import report
-from common import gpt2
+from common import flags, gpt2, results
+from common.flags import Count, Results
 
 GRIDS = {
     "adamw": ("adamw_lr", (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)),
@@ -35,12 +35,13 @@ NAMES = {"adamw": "AdamW", "ivon": "IVON"}
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    pretraining_steps: report.Count = 1000
-    steps: report.Count = 100
-    batch_size: report.Count = 16
-    block: report.Count = 64  # bytes in a sequence
-    seeds: report.Count = 3
-    num_samples: report.Count = 8  # of the posterior
+    pretraining_steps: Count = 1000
+    steps: Count = 100
+    batch_size: Count = 16
+    block: Count = 64  # bytes in a sequence
+    seeds: Count = 3
+    num_samples: Count = 8  # of the posterior
+    results: Results = "finetuning.json"
 
 
 def write_texts(folder):
@@ -107,44 +108,42 @@ def configure(config, folder, optimizer, text, **settings):
     return dataclasses.replace(preset, **fields | settings)
 
 
-def tune(base, make, optimizer):
-    """Return the best setting of the grid, and cells of all trials."""
+def tune(study, base, make, optimizer):
+    """Return the best setting of the grid."""
     row, (name, grid) = gpt2.ROWS[optimizer], GRIDS[optimizer]
     settings = [{name: value} for value in grid]
     values = []
     for setting in settings:
         run = make(optimizer, "tuning", num_samples=0, **setting)
         values.append(train(run, base)[1][row])
-    cells = report.trial_cells(NAMES[optimizer], settings, values)
-    return settings[report.best(values)], cells
+    score = "validation perplexity"
+    return settings[study.trials(NAMES[optimizer], settings, values, score)]
 
 
 def main():
-    """Pretrain, fine-tune and print."""
-    config = report.parse_args(Config, __doc__)
-    report.print_conditions(config)
+    """Pretrain, fine-tune and test."""
+    config = flags.parse(Config, __doc__)
+    study = results.Study(config)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         write_texts(folder)
         make = functools.partial(configure, config, folder)
         base, rows = train(make("adamw", "source", steps=config.pretraining_steps))
         before = perplexity(base, make("adamw", "test"))
-        print(f"The base: {rows['AdamW']:.3f} on source, {before:.3f} on English.\n")
-        trials, results = [], []
+        base_rows = [{"source": rows["AdamW"], "English": before}]
+        study.table("perplexity of the base", base_rows, {"source": 3, "English": 3})
+        test = []
         for optimizer in GRIDS:
-            setting, cells = tune(base, make, optimizer)
-            trials.append(cells)
+            setting = tune(study, base, make, optimizer)
             runs = [
                 train(make(optimizer, "test", seed=seed, **setting), base)[1]
                 for seed in range(1, config.seeds + 1)
             ]
-            results += [
-                (row, report.mean_and_error([run[row] for run in runs], 4))
+            test += [
+                {"system": row, "perplexity": [run[row] for run in runs]}
                 for row in runs[0]
             ]
-    titles = "", "hyperparameters", "trials: validation perplexity"
-    report.print_table(titles, trials)
-    report.print_table(["", "test perplexity"], results)
+    study.table("test", test, {"perplexity": 4})
 
 
 if __name__ == "__main__":

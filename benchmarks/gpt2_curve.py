@@ -12,9 +12,8 @@ import dataclasses
 import itertools
 
 import numpy as np
-import report
-from common import gpt2
-from matplotlib.figure import Figure
+from common import flags, gpt2, results
+from common.flags import Results
 
 GRIDS = {
     "adamw": {"adamw_lr": (3e-3, 1e-2, 3e-2), "adamw_b1": (0.9, 0.7)},
@@ -22,9 +21,9 @@ GRIDS = {
 }
 SEEDS = 1, 2, 3
 RUNS = {
-    "AdamW": ("adamw", "float32", "#0072B2"),
-    "IVON": ("ivon", "float32", "#D55E00"),
-    "IVON, bfloat16": ("ivon", "bfloat16", "#CC79A7"),
+    "AdamW": ("adamw", "float32"),
+    "IVON": ("ivon", "float32"),
+    "IVON, bfloat16": ("ivon", "bfloat16"),
 }
 
 
@@ -32,7 +31,7 @@ RUNS = {
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    plot: report.Picture = "gpt2_curve.png"
+    results: Results = "gpt2_curve.json"
 
 
 def train(optimizer, seed, num_samples=16, **settings):
@@ -46,68 +45,42 @@ def train(optimizer, seed, num_samples=16, **settings):
     return log, averaged
 
 
-def tune(optimizer):
-    """Print a line for each setting; return the best one."""
+def tune(study, optimizer):
+    """Return the best setting."""
     names, values = zip(*GRIDS[optimizer].items(), strict=True)
-    trials = {}
-    for setting in itertools.product(*values):
-        log, _ = train(optimizer, 0, 1, **dict(zip(names, setting, strict=True)))
-        trials[setting] = log[-1]["perplexity"]
-        cells = [optimizer, *(f"{value:g}" for value in setting)]
-        print(f"| {' | '.join(cells)} | {trials[setting]:.3f} |", flush=True)
-    best = list(trials)[report.best(list(trials.values()))]
-    return dict(zip(names, best, strict=True))
+    settings = [dict(zip(names, s, strict=True)) for s in itertools.product(*values)]
+    logs = [train(optimizer, 0, 1, **setting)[0] for setting in settings]
+    losses = [log[-1]["perplexity"] for log in logs]
+    return settings[study.trials(optimizer, settings, losses, "perplexity")]
 
 
-def mean_and_error(values):
-    """Return the mean over seeds, the first axis, and its standard error."""
-    return values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5
+def rows_of(name, settings, logs, averages):
+    """Yield records of the mean and of each number of samples."""
+    rates = [entry["tokens_per_second"] for log in logs for entry in log]
+    rest = settings | {"tokens/s": np.median(rates)}
+    at_mean = [log[-1]["perplexity"] for log in logs]
+    label = f"{name}@mean" if averages[0] else name
+    yield {"system": label, "samples": None, "perplexity": at_mean} | rest
+    for count in averages[0]:
+        values = [average[count] for average in averages]
+        yield {"system": name, "samples": count, "perplexity": values} | rest
 
 
 def main():
-    """Tune, train three seeds, print the tables and draw the curves."""
-    config = report.parse_args(Config, __doc__)
-    report.print_conditions(config)
-    print("| optimizer | learning rate | b1 | perplexity |")
-    print("| --- | --- | --- | --- |")
-    best = {optimizer: tune(optimizer) for optimizer in GRIDS}
-    print(f"\nseeds {SEEDS}\n")
-    print("| | settings | validation perplexity per byte | tokens/s |")
-    print("| --- | --- | --- | --- |")
-    figure = Figure(figsize=(10, 3.8), dpi=200, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, (optimizer, dtype, color) in RUNS.items():
-        settings = best[optimizer] | {"dtype": dtype}
-        results = [train(optimizer, seed, **settings) for seed in SEEDS]
-        logs, averages = zip(*results, strict=True)
-        curves = np.array([[entry["perplexity"] for entry in log] for log in logs])
-        rows = {f"{name}@mean" if averages[0] else name: curves[:, -1]}
-        if averages[0]:
-            by_count = np.array([list(average.values()) for average in averages])
-            counts = list(averages[0])
-            rows |= {
-                f"{name}, samples: {n}": by_count[:, i] for i, n in enumerate(counts)
-            }
-            gain, error = mean_and_error(by_count - curves[:, -1:])
-            right.errorbar(counts, gain, error, fmt="o-", color=color)
-        rates = [entry["tokens_per_second"] for log in logs for entry in log]
-        cells = ", ".join(f"{k} {v}" for k, v in best[optimizer].items())
-        for row, values in rows.items():
-            cell = "{:.4f} ± {:.4f}".format(*mean_and_error(values))
-            print(f"| {row} | {cells} | {cell} | {np.median(rates):,.0f} |", flush=True)
-        tokens = [entry["tokens"] / 1e6 for entry in logs[0]]
-        mean, error = mean_and_error(curves)
-        left.plot(tokens, mean, "o-", color=color, label=name)
-        left.fill_between(tokens, mean - error, mean + error, color=color, alpha=0.3)
-    left.set(xlabel="million bytes", ylabel="validation perplexity", yscale="log")
-    left.set_yticks([5, 6, 8, 10, 13], ["5", "6", "8", "10", "13"])
-    left.minorticks_off()
-    left.legend(frameon=False)
-    right.axhline(0.0, color="#999999", linestyle=":")
-    right.set(xlabel="posterior samples", ylabel="perplexity above the mean's")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(config.plot)
+    """Tune, and train three seeds."""
+    config = flags.parse(Config, __doc__)
+    study = results.Study(config)
+    best = {optimizer: tune(study, optimizer) for optimizer in GRIDS}
+    test, curves = [], {}
+    for name, (optimizer, dtype) in RUNS.items():
+        settings = best[optimizer]
+        runs = [train(optimizer, s, **settings, dtype=dtype) for s in SEEDS]
+        logs, averages = zip(*runs, strict=True)
+        test += rows_of(name, settings, logs, averages)
+        curves["tokens"] = [entry["tokens"] for entry in logs[0]]
+        curves[name] = [[entry["perplexity"] for entry in log] for log in logs]
+        study.curves("perplexity by tokens", curves)
+    study.table("validation", test, {"perplexity": 4, "tokens/s": 0})
 
 
 if __name__ == "__main__":

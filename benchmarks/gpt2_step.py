@@ -25,8 +25,8 @@ import time
 import jax
 import jax.numpy as jnp
 import optax
-import report
-from common import gpt2
+from common import flags, gpt2, results
+from common.flags import Count, Results
 from flax import nnx
 from tqdm import tqdm
 
@@ -37,11 +37,12 @@ class Config:
 
     sizes: str = "small"
     dtypes: str = "float32,bfloat16"
-    batch_size: report.Count = 1
-    microbatches: report.Count = 1
-    vocabulary: report.Count = 50304
+    batch_size: Count = 1
+    microbatches: Count = 1
+    vocabulary: Count = 50304
     keys: str = "threefry2x32"  # of IVON
     steps: int = 0  # to time
+    results: Results = "gpt2_step.json"
 
 
 def compile_step(size, dtype, optimizer, impl, cast, config):
@@ -109,14 +110,11 @@ def measure(size, dtype, optimizer, impl, cast, config):
     return count, peak_memory(compiled), ms
 
 
-HEAD = (
-    *("GPT-2", "dtype", "optimizer", "GiB", "/ AdamW", "buffers", "more"),
-    *("ms", "/ AdamW"),
-)
+DIGITS = {"GiB": 3, "GiB / AdamW": 3, "buffers": 3, "more": 3, "ms": 1, "ms / AdamW": 3}
 
 
 def rows_of(size, dtype, config, bar):
-    """Return the lines of one size and dtype, AdamW's first."""
+    """Return the records of one size and dtype, AdamW's first."""
     keys = config.keys.split(",")
     systems = [("AdamW", keys[0], False), *(("IVON", key, False) for key in keys)]
     if dtype != "float32":
@@ -127,24 +125,25 @@ def rows_of(size, dtype, config, bar):
         _, first_peak, first_ms = first = first or (count, peak, ms)
         label = f"{name}, {impl}" if name == "IVON" and len(keys) > 1 else name
         label += ", cast once" * cast
-        cells = [size, dtype, label, f"{peak / 2**30:.3f}", f"{peak / first_peak:.3f}"]
-        cells += [f"{peak / 4 / count:.3f}", f"{(peak - first_peak) / 4 / count:+.3f}"]
-        cells += ["", ""] if ms is None else [f"{ms:.1f}", f"{ms / first_ms:.3f}"]
-        rows.append(cells)
+        row = {"GPT-2": size, "dtype": dtype, "optimizer": label}
+        row |= {"GiB": peak / 2**30, "GiB / AdamW": peak / first_peak}
+        row |= {"buffers": peak / 4 / count, "more": (peak - first_peak) / 4 / count}
+        row |= {"ms": ms, "ms / AdamW": ms and ms / first_ms}
+        rows.append(row)
         bar.update()
     return rows
 
 
 def main():
-    """Print a line for each size, dtype and optimizer."""
-    config = report.parse_args(Config, __doc__)
-    report.print_conditions(config)
+    """Measure each size, dtype and optimizer."""
+    config = flags.parse(Config, __doc__)
+    study = results.Study(config)
     cases = [(s, d) for s in config.sizes.split(",") for d in config.dtypes.split(",")]
     per_case = 1 + len(config.keys.split(","))
     total = sum(per_case + (dtype != "float32") for _, dtype in cases)
     with tqdm(total=total, unit="program", leave=False) as bar:
         rows = [row for case in cases for row in rows_of(*case, config, bar)]
-    report.print_table(HEAD, rows)
+    study.table("step", rows, DIGITS)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
-from matplotlib.figure import Figure
+from common import flags, results, tables
+from common.flags import Count, Positive, Results
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.decomposition import PCA
 
@@ -51,22 +51,22 @@ class Config:
 
     tasks: str = "digits,regression"
     uci: str = ""  # text, a row per example, the target last; empty: diabetes
-    noise: report.Positive = 0.7  # standard deviation, of a target with one of 1
-    components: report.Count = 10  # of the digits
-    width: report.Count = 16  # of the hidden layer
-    prior_precision: report.Positive = 1.0
-    chains: report.Count = 4
-    warmup: report.Count = 300  # steps of a chain that adapt the sampler
-    length: report.Count = 500  # draws of a chain
-    leapfrogs: report.Count = 150  # gradients of a draw
-    batch_size: report.Count = 50
-    steps: report.Count = 4000  # of training
-    tuning_seeds: report.Count = 2
-    seeds: report.Count = 3
-    members: report.Count = 5  # of an ensemble
-    num_samples: report.Count = 256  # draws of one posterior
+    noise: Positive = 0.7  # standard deviation, of a target with one of 1
+    components: Count = 10  # of the digits
+    width: Count = 16  # of the hidden layer
+    prior_precision: Positive = 1.0
+    chains: Count = 4
+    warmup: Count = 300  # steps of a chain that adapt the sampler
+    length: Count = 500  # draws of a chain
+    leapfrogs: Count = 150  # gradients of a draw
+    batch_size: Count = 50
+    steps: Count = 4000  # of training
+    tuning_seeds: Count = 2
+    seeds: Count = 3
+    members: Count = 5  # of an ensemble
+    num_samples: Count = 256  # draws of one posterior
     full: int = 0  # 1: 8 chains of 2000 draws, 20000 steps and ten seeds
-    plot: report.Picture = "ground_truth.png"
+    results: Results = "ground_truth.json"
 
 
 class Task(NamedTuple):
@@ -81,8 +81,6 @@ class Task(NamedTuple):
     predict: Callable  # outputs -> what the measures take
     scores: dict  # name -> function of draws (S, N, C) and targets
     distances: dict  # name -> function of draws and exact draws
-    picture: Callable  # draws -> what to draw
-    label: str  # of that
 
 
 def digits(config):
@@ -110,8 +108,6 @@ def digits(config):
             "NLL": lambda p, y: metrics.negative_log_likelihood(p.mean(axis=0), y),
         },
         distances={"agreement %": agreement, "TV": total_variation},
-        picture=lambda probs: probs.mean(axis=0),
-        label="class probability",
     )
 
 
@@ -144,8 +140,6 @@ def regression(config):
             "NLL": lambda f, y: -mixture(f, y).mean(),
         },
         distances={"W2": wasserstein, "stddev / exact": relative_stddev},
-        picture=lambda outputs: outputs.std(axis=0),
-        label="standard deviation",
     )
 
 
@@ -310,7 +304,7 @@ def predictions(task, config, trials, losses, inputs):
     keys = jax.random.split(jax.random.key(0), config.seeds * config.members)
     fitted = {}
     for name in trials:
-        settings = stack([trials[name][report.best(losses[name])]] * len(keys))
+        settings = stack([trials[name][results.best(losses[name])]] * len(keys))
         arguments = ROWS[name][1], problem, keys, settings, task.train
         runs = baselines.fit(*arguments, f"training {name}")
         fitted[name] = runs.state, keys, settings
@@ -323,59 +317,34 @@ def predictions(task, config, trials, losses, inputs):
         yield name, draws.reshape(config.seeds, -1, *draws.shape[2:])
 
 
-def print_chains(params, info, exact, minutes):
-    """Print whether the chains agree on predictions (chains, draws, inputs, C)."""
+def of_chains(params, info, exact, minutes):
+    """Say whether the chains agree on predictions (chains, draws, inputs, C)."""
     halves = exact.reshape(2 * len(exact), -1, *exact.shape[2:])
     rhat = np.asarray(blackjax.diagnostics.potential_scale_reduction(halves))
     size = np.asarray(blackjax.diagnostics.effective_sample_size(exact))
-    cells = {
-        "weights": f"{sum(x[0, 0].size for x in jax.tree.leaves(params))}",
+    return {
+        "weights": sum(x[0, 0].size for x in jax.tree.leaves(params)),
         "chains x draws": f"{exact.shape[0]} x {exact.shape[1]}",
-        "acceptance": f"{info.acceptance_rate.mean():.2f}",
-        "divergent": f"{info.is_divergent.sum()}",
-        "R-hat: median": f"{np.median(rhat):.3f}",
-        "95 %": f"{np.percentile(rhat, 95):.3f}",
-        "worst": f"{rhat.max():.3f}",
-        "ESS: median": f"{np.median(size):.0f}",
-        "5 %": f"{np.percentile(size, 5):.0f}",
-        "worst ESS": f"{size.min():.0f}",
-        "minutes": f"{minutes:.1f}",
+        "acceptance": info.acceptance_rate.mean(),
+        "divergent": info.is_divergent.sum(),
+        "R-hat: median": np.median(rhat),
+        "R-hat: 95th percentile": np.percentile(rhat, 95),
+        "R-hat: worst": rhat.max(),
+        "ESS: median": np.median(size),
+        "ESS: 5th percentile": np.percentile(size, 5),
+        "ESS: worst": size.min(),
+        "minutes": minutes,
     }
-    report.print_table(cells, [cells.values()])
 
 
-def print_results(task, results):
-    """Print mean and standard error over seeds; over chains in the last row."""
+def columns_of(task):
+    """Name the measures."""
     columns = [*task.scores, *task.distances]
-    columns += [f"{name}, shifted" for name in task.distances]
-    lines = []
-    for name, table in results.items():
-        cells = [
-            report.mean_and_error(values, 1 if "%" in column else 3)
-            for column, values in zip(columns, np.array(table).T, strict=True)
-        ]
-        lines.append([name, *cells])
-    report.print_table(["", *columns], lines)
+    return columns + [f"{name}, shifted" for name in task.distances]
 
 
-def plot(path, pictures):
-    """Draw predictions over the exact ones, a row of axes for each task."""
-    names = "Deep ensemble", "Laplace", "SWAG", "BBB", "IVON", "Multi-IVON"
-    figure = Figure((13, 2.4 * len(pictures)), dpi=100, layout="constrained")
-    axes = figure.subplots(len(pictures), len(names), squeeze=False, sharey="row")
-    for row, (label, values) in zip(axes, pictures.items(), strict=True):
-        for axis, name in zip(row, names, strict=True):
-            x, y = values["exact"].ravel(), values[name].ravel()
-            axis.plot(x, y, ".", color="#D55E00", markersize=2, alpha=0.3)
-            axis.axline((0, 0), slope=1, color="#999999", linewidth=0.8)
-            axis.set(title=name, xlabel="exact")
-            axis.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel(label)
-    figure.savefig(path)
-
-
-def compare(task, config):
-    """Sample, tune, train, measure and print; return what to draw."""
+def compare(study, name, task, config):
+    """Sample, tune, train and measure."""
     begin = time.perf_counter()
     problem = make_problem(task, config, len(task.train[1]))
     params, info = sample_exactly(problem, task.train, jax.random.key(2), config)
@@ -383,36 +352,36 @@ def compare(task, config):
     apply = jax.vmap(jax.vmap(problem.apply, (0, None)), (0, None))
     exact = jax.block_until_ready(task.predict(apply(params, inputs)))
     minutes = (time.perf_counter() - begin) / 60
-    print_chains(params, info, exact[:, :, : len(task.shifted)], minutes)
+    chains = of_chains(params, info, exact[:, :, : len(task.shifted)], minutes)
+    study.table(f"{name}: chains", [chains])
 
     trials = grids(task, config)
-    losses = {name: tune(task, config, name, trials[name]) for name in trials}
+    losses = {system: tune(task, config, system, trials[system]) for system in trials}
+    for system in trials:
+        study.trials(f"{name}: {system}", trials[system], losses[system])
     pooled = exact.reshape(-1, *exact.shape[2:])
-    results, pictures = {}, {"exact": task.picture(pooled)}
-    for name, draws in predictions(task, config, trials, losses, inputs):
-        results[name] = [measure(task, seed, pooled) for seed in draws]
-        pictures[name] = task.picture(draws[0])
-    results["HMC, one chain"] = [
+    measured = {
+        system: [measure(task, seed, pooled) for seed in draws]
+        for system, draws in predictions(task, config, trials, losses, inputs)
+    }
+    measured["HMC, one chain"] = [
         measure(task, chain, jnp.delete(exact, i, axis=0).reshape(-1, *chain.shape[1:]))
         for i, chain in enumerate(exact)
     ]
-    print_results(task, results)
-    cells = [report.trial_cells(name, trials[name], losses[name]) for name in trials]
-    report.print_table(report.TRIALS, cells)
-    return pictures
+    rows = [
+        tables.record({"system": system}, columns_of(task), np.transpose(runs))
+        for system, runs in measured.items()
+    ]
+    study.table(f"{name}: test", rows)
 
 
 def main():
-    """Compare the systems on all tasks, and draw."""
+    """Compare the systems on all tasks; of "HMC, one chain" runs are chains."""
     longer = dict(chains=8, warmup=1000, length=2000, steps=20_000, seeds=10)
-    config = report.parse_args(Config, __doc__, **longer)
-    report.print_conditions(config)
-    pictures = {}
+    config = flags.parse(Config, __doc__, **longer)
+    study = results.Study(config)
     for name in config.tasks.split(","):
-        print(f"**{name.capitalize()}**\n")
-        task = TASKS[name](config)
-        pictures[task.label] = compare(task, config)
-    plot(config.plot, pictures)
+        compare(study, name, TASKS[name](config), config)
 
 
 if __name__ == "__main__":

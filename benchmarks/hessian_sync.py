@@ -27,8 +27,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-import report
 import scaling
+from common import flags, results, tables
+from common.flags import Count, Positive, Results
 from jax.sharding import AxisType, PartitionSpec as P
 from tqdm import tqdm
 
@@ -39,16 +40,17 @@ import ivon_jax
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    dimensions: report.Count = 64
+    dimensions: Count = 64
     correlation: float = 0.5  # of neighbours in the Hessian
-    replicas: report.Count = 8
-    steps: report.Count = 10_000
-    seeds: report.Count = 8
+    replicas: Count = 8
+    steps: Count = 10_000
+    seeds: Count = 8
     learning_rate: float = 0.1
-    ess: report.Positive = 1e4
+    ess: Positive = 1e4
     weight_decay: float = 1e-4
-    hess_init: report.Positive = 1.0  # the truth
-    parameters: report.Count = 2**20  # of the programs that are compiled alone
+    hess_init: Positive = 1.0  # the truth
+    parameters: Count = 2**20  # of the programs that are compiled alone
+    results: Results = "hessian_sync.json"
 
 
 def mean(hess):
@@ -285,22 +287,16 @@ def compile_program(step, tx, params_spec, state_spec, config):
     return jax.jit(mapped).lower(key, params, opt_state, params).compile(), params
 
 
-def print_programs(config):
-    """Print what steps with a sharded optimizer state send, from compiled programs."""
-    print_row(["step", *scaling.COLLECTIVES, "ring", "ring / first row"])
-    print_row(["---"] * (3 + len(scaling.COLLECTIVES)))
+def programs(config):
+    """Yield what steps with a sharded optimizer state send, of compiled programs."""
     first = None
     for name, program in create_programs(config).items():
         step = scaling.measure(*compile_program(*program, config), tokens=1)
         first = first or step.ring
         sent = [scaling.units(step.sent.get(k, 0), step) for k in scaling.COLLECTIVES]
-        ring = scaling.units(step.ring, step)
-        print_row([name, *sent, ring, f"{step.ring / first:.3f}"])
-
-
-def cell(values):
-    """Write mean and standard error over seeds, in per cent."""
-    return report.mean_and_error(100 * values, 3)
+        row = tables.record({"step": name}, scaling.COLLECTIVES, sent)
+        row["ring"] = scaling.units(step.ring, step)
+        yield row | {"ring / first row": step.ring / first}
 
 
 def root_mean_square(x):
@@ -308,45 +304,35 @@ def root_mean_square(x):
     return jnp.sqrt(jnp.mean(x**2, axis=-1))
 
 
-def print_table(data_noise, config, progress):
-    """Print a row for each scheme."""
-    print(f"\nmini-batch noise {data_noise:g}, in per cent of the truth:\n")
-    names = [
-        f"{name}, b2 = {b2}"
-        for b2 in DECAY_RATES
-        for name in ("error of h", "its bias", "away from 1st row")
-    ]
-    print_row(["h_hat is averaged", "traffic / AdamW", "more buffers", *names])
-    print_row(["---"] * (3 + len(names)))
+def errors(data_noise, config, progress):
+    """Yield a record of each scheme, in per cent of the truth."""
     keys = jax.random.split(jax.random.key(0), config.seeds)
     first = {}
     for name, scheme in SCHEMES.items():
-        cells = []
+        row = {"mini-batch noise": data_noise, "h_hat is averaged": name}
+        row |= {"traffic / AdamW": scheme.traffic, "more buffers": scheme.buffers}
         for b2 in DECAY_RATES:
             run = create_run(scheme, b2, data_noise, config)
             hess = jax.jit(jax.vmap(run))(keys)
             away = hess - first.setdefault(b2, hess)
-            cells += [cell(root_mean_square(hess - 1.0)), cell(hess.mean(-1) - 1.0)]
-            cells += [cell(root_mean_square(away))]
+            row[f"error of h, b2 = {b2}"] = 100 * root_mean_square(hess - 1.0)
+            row[f"its bias, b2 = {b2}"] = 100 * (hess.mean(-1) - 1.0)
+            row[f"away from 1st row, b2 = {b2}"] = 100 * root_mean_square(away)
             progress.update()
-        print_row([name, f"{scheme.traffic:g}", str(scheme.buffers), *cells])
-
-
-def print_row(cells):
-    """Print a line of a Markdown table."""
-    print(f"| {' | '.join(cells)} |", flush=True)
+        yield row
 
 
 def main():
-    """Train with every scheme and print the tables."""
-    config = report.parse_args(Config, __doc__)
+    """Train with every scheme."""
+    config = flags.parse(Config, __doc__)
     jax.config.update("jax_num_cpu_devices", config.replicas)
-    report.print_conditions(config)
-    print_programs(config)
+    study = results.Study(config)
+    digits = dict.fromkeys((*scaling.COLLECTIVES, "ring", "ring / first row"), 3)
+    study.table("programs", programs(config), digits)
     count = len(DATA_NOISE) * len(SCHEMES) * len(DECAY_RATES)
     with tqdm(total=count) as progress:
-        for data_noise in DATA_NOISE:
-            print_table(data_noise, config, progress)
+        rows = [row for noise in DATA_NOISE for row in errors(noise, config, progress)]
+    study.table("errors of h in %", rows)
 
 
 if __name__ == "__main__":

@@ -260,18 +260,9 @@ def tune(config, data, validation, pretraining):
             yield {"system": name, **trial, **over_seeds(seeds)}
 
 
-def parse_args():
-    """Return the Config of the command line, and whether to tune."""
-    parser = flags.create_parser(Config, __doc__)
-    parser.add_argument("--tune", action="store_true")
-    given = vars(parser.parse_args())
-    tuning = given.pop("tune")
-    return flags.checked(parser, Config(**given)), tuning
-
-
 def main():
     """Pretrain, fine-tune and keep the scores; or tune."""
-    config, tuning = parse_args()
+    config, tuning = flags.parse_or_tune(Config, __doc__)
     pretraining, data, validation, (images, labels) = load_splits()
     flags.check_batch_size(config.batch_size, len(data[1]))
     study = results.Study(config)

@@ -241,18 +241,9 @@ def shuffle_pixels(key, images):
     return jax.vmap(jax.random.permutation)(keys, images)
 
 
-def parse_args():
-    """Return the Config of the command line, and whether to tune."""
-    parser = flags.create_parser(Config, __doc__)
-    parser.add_argument("--tune", action="store_true")
-    given = vars(parser.parse_args())
-    tuning = given.pop("tune")
-    return flags.checked(parser, Config(**given)), tuning
-
-
 def main():
     """Train and keep the table; or tune."""
-    config, tuning = parse_args()
+    config, tuning = flags.parse_or_tune(Config, __doc__)
     train_data, (images, labels) = datasets.load_halves()
     num_train = len(train_data[1])
     flags.check_batch_size(

@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
 import resnet20
-from common import gpt2
+from common import flags, gpt2, results, tables
+from common.flags import Count, Results
 from flax import nnx
 from tqdm import tqdm
 
@@ -42,18 +42,19 @@ class Config:
     full: int = 0  # 1: the sizes below that are FULL's
     models: str = "gpt2-tiny,resnet20,mlp"
     dtype: str = "float32"  # of GPT-2's computation
-    block: report.Count = 128  # tokens in a sequence
-    vocabulary: report.Count = 256
+    block: Count = 128  # tokens in a sequence
+    vocabulary: Count = 256
     batch_sizes: str = "1,4,8"  # of GPT-2; the middle one is the first table's
-    resnet_batch_size: report.Count = 16
-    mlp_batch_size: report.Count = 128
-    mlp_width: report.Count = 1024
+    resnet_batch_size: Count = 16
+    mlp_batch_size: Count = 128
+    mlp_width: Count = 1024
     mc_samples: str = "1,2,4"
     keys: str = "threefry2x32,rbg,unsafe_rbg"
     sizes: str = "1e6,1e7,1e8"  # parameters of the optimizer alone
     arrays: str = "4,150"  # in how many arrays
-    rounds: report.Count = 7
-    steps: report.Count = 10  # in a round
+    rounds: Count = 7
+    steps: Count = 10  # in a round
+    results: Results = "overhead.json"
 
 
 FULL = dict(
@@ -219,17 +220,18 @@ def compare(problem, optimizers, config, bar):
     for i, optimizer in enumerate(optimizers):
         buffer, words = used[i]
         ms = 1e3 * np.median(seconds[:, i]) / config.steps
-        cells = problem.name, f"{size:,}", len(problem.batch[0]), label(optimizer)
-        cells += f"{ms:.4g}", spread(seconds[:, i] / seconds[:, 0])
-        cells += f"{buffer:.2f}", f"{buffer - used[0][0]:+.2f}", f"{words:.0f}"
-        rows.append(cells)
+        row = {"network": problem.name, "parameters": size}
+        row |= {"batch": len(problem.batch[0]), "optimizer": label(optimizer)}
+        row |= {"ms": ms, "time / AdamW": spread(seconds[:, i] / seconds[:, 0])}
+        row |= {"buffers": buffer, "more": buffer - used[0][0], "passes": words}
+        rows.append(row)
     return rows
 
 
-HEAD = (
-    *("network", "parameters", "batch", "optimizer", "ms", "time / AdamW"),
-    *("buffers", "more", "passes"),
-)
+DIGITS = {"time / AdamW": 2, "buffers": 2, "more": 2, "passes": 0}
+
+
+ALONE = "AdamW, ns", "IVON's update", "its samples", "both", "both / AdamW"
 
 
 def label(optimizer):
@@ -255,7 +257,7 @@ def passes(step):
 def spread(values):
     """Median and quartiles."""
     low, mid, high = np.quantile(values, (0.25, 0.5, 0.75))
-    return f"{mid:.2f} ({low:.2f}-{high:.2f})"
+    return {"median": mid, "low": low, "high": high}
 
 
 def alone(size, arrays, key, mc_samples, config):
@@ -283,7 +285,7 @@ def alone(size, arrays, key, mc_samples, config):
     seconds = paired_seconds(runs, 3 * config.rounds) / count
     both = seconds[:, 1] + seconds[:, 2]
     times = 1e9 / size * np.median(np.column_stack([seconds, both]), axis=0)
-    return *(f"{ns:.2f}" for ns in times), spread(both / seconds[:, 0])
+    return *times, spread(both / seconds[:, 0])
 
 
 def equal_arrays(size, arrays, value):
@@ -339,9 +341,9 @@ def cases_alone(config):
 
 
 def main():
-    """Measure and print."""
-    config = report.parse_args(Config, __doc__, **FULL)
-    report.print_conditions(config)
+    """Measure."""
+    config = flags.parse(Config, __doc__, **FULL)
+    study = results.Study(config)
     names = list(filter(None, config.models.split(",")))
     optimizers = [*BASELINES, Optimizer("IVON")]
     first = [(functools.partial(create_problem, n, config), optimizers) for n in names]
@@ -350,16 +352,17 @@ def main():
     trees = cases_alone(config)
     total = sum(len(o) for _, o in first + second) + len(trees)
     with tqdm(total=total, unit="program", leave=False) as bar:
-        for cases in filter(None, (first, second)):
+        for title, cases in (("networks", first), ("GPT-2", second)):
             rows = [row for make, o in cases for row in compare(make(), o, config, bar)]
-            report.print_table(HEAD, rows)
+            if rows:
+                study.table(title, rows, DIGITS)
         rows = []
         for size, arrays, key, samples in trees:
             cells = alone(size, arrays, key, samples, config)
-            rows.append((f"{size:,}", arrays, key, samples, *cells))
+            labels = dict(parameters=size, arrays=arrays, key=key, samples=samples)
+            rows.append(tables.record(labels, ALONE, cells))
             bar.update()
-    cells = "AdamW, ns", "IVON's update", "its samples", "both", "both / AdamW"
-    report.print_table(("parameters", "arrays", "key", "samples", *cells), rows)
+    study.table("optimizer alone", rows, dict.fromkeys(ALONE, 2))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import sysconfig
 import jax
 import jax.numpy as jnp
 import numpy as np
-import report
 import uncertainty
+from common import flags, results
+from common.flags import Count, Results
 from flax import linen as nn
 
 PACKAGES = (
@@ -44,16 +45,17 @@ TITLES = "accuracy %", "NLL", "ECE", "Brier"
 class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
-    vocabulary: report.Count = 2000  # the most frequent tokens; all others are one
-    length: report.Count = 32  # tokens of an excerpt
-    per_package: report.Count = 1000  # excerpts, a fifth of them to test on
-    width: report.Count = 32  # of the embedding and of the recurrent units
-    epochs: report.Count = 12
-    trials: report.Count = 16  # of each system
-    tuning_seeds: report.Count = 1
-    seeds: report.Count = 5
-    members: report.Count = 1  # of an ensemble, which uncertainty.py has alone
-    num_samples: report.Count = 64
+    vocabulary: Count = 2000  # the most frequent tokens; all others are one
+    length: Count = 32  # tokens of an excerpt
+    per_package: Count = 1000  # excerpts, a fifth of them to test on
+    width: Count = 32  # of the embedding and of the recurrent units
+    epochs: Count = 12
+    trials: Count = 16  # of each system
+    tuning_seeds: Count = 1
+    seeds: Count = 5
+    members: Count = 1  # of an ensemble, which uncertainty.py has alone
+    num_samples: Count = 64
+    results: Results = "recurrent.json"
 
 
 class Encoder(nn.Module):
@@ -119,28 +121,24 @@ def network(config):
 
 def main():
     """Tune, train, test and print."""
-    config = report.parse_args(Config, __doc__)
+    config = flags.parse(Config, __doc__)
     task = load_task(config)
     texts, labels = map(jnp.asarray, task.test)
-    report.print_conditions(config)
+    study = results.Study(config)
     print(f"{len(task.train[1])} excerpts to train on, {len(labels)} to test on.\n")
-    trials, probs = [], {}
+    probs = {}
     for name in SYSTEMS:
-        setting, _, cells = uncertainty.tune(name, task, config)
-        trials.append(cells)
+        setting, _ = uncertainty.tune(study, name, task, config)
         probs |= uncertainty.test(name, setting, task, config, texts)
-    report.print_table(report.TRIALS, trials)
     rows = [
-        (
-            name,
-            [
-                (t, jax.vmap(uncertainty.SCORES[t], (0, None))(probs[name], labels))
-                for t in TITLES
-            ],
-        )
+        {"system": name}
+        | {
+            t: jax.vmap(uncertainty.SCORES[t], (0, None))(probs[name], labels)
+            for t in TITLES
+        }
         for name in ROWS
     ]
-    uncertainty.print_scores(["", *TITLES], rows)
+    study.table("test", rows)
 
 
 if __name__ == "__main__":

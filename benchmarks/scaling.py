@@ -33,8 +33,8 @@ import re
 import jax
 import jax.numpy as jnp
 import optax
-import report
-from common import gpt2
+from common import flags, gpt2, results
+from common.flags import Count, Results
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
@@ -83,9 +83,10 @@ class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
     full: int = 0  # 1: more meshes and sizes
-    block: report.Count = 1024  # tokens in a sequence
-    vocabulary: report.Count = 50304
-    devices: report.Count = 64  # to simulate
+    block: Count = 1024  # tokens in a sequence
+    vocabulary: Count = 50304
+    devices: Count = 64  # to simulate
+    results: Results = "scaling.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,47 +338,39 @@ def replicated(mesh):
     return "data=" in mesh and "data=1," not in f"{mesh},"
 
 
-def print_traffic(steps):
-    """Print what is sent; the last columns compare IVON with the AdamW right above."""
-    head = ["network", "mesh", "optimizer", *COLLECTIVES, "instructions", "ring"]
-    print_row([*head, "bytes / AdamW", "/ row above", "bytes more"])
-    print_row(["---"] * (len(head) + 3))
+def traffic(steps):
+    """Yield what is sent; the last columns compare IVON with the AdamW right above."""
     for (size, mesh, optimizer, noise), step in steps.items():
-        row = [size, mesh, label(optimizer, noise)]
-        row += [units(step.sent.get(kind, 0), step) for kind in COLLECTIVES]
-        row += [str(step.collectives), units(step.ring, step)]
-        row += [ratio(step, steps[size, mesh, "adamw", "shared"])]
+        row = {"network": size, "mesh": mesh, "optimizer": label(optimizer, noise)}
+        row |= {kind: units(step.sent.get(kind, 0), step) for kind in COLLECTIVES}
+        row |= {"instructions": step.collectives, "ring": units(step.ring, step)}
+        row["bytes / AdamW"] = ratio(step, steps[size, mesh, "adamw", "shared"])
         if optimizer == "ivon":
             above = steps[size, mesh, "adamw", noise]
-            more = sum(step.sent.values()) - sum(above.sent.values())
-            row += [ratio(step, above), f"{more:,}"]
-        else:
-            row += ["", ""]
-        print_row(row)
+            row["/ row above"] = ratio(step, above)
+            row["bytes more"] = sum(step.sent.values()) - sum(above.sent.values())
+        yield row
 
 
 def ratio(step, baseline):
-    """Write how many times as much is sent."""
+    """Return how many times as much is sent."""
     theirs = sum(baseline.sent.values())
-    return f"{sum(step.sent.values()) / theirs:.4f}" if theirs else ""
+    return sum(step.sent.values()) / theirs if theirs else None
 
 
-def print_memory(steps):
-    """Print what is kept and computed."""
-    head = ["network", "mesh", "optimizer", "arguments", "peak", "peak, bytes"]
-    print_row([*head, "GFLOP", "/ 6PT"])
-    print_row(["---"] * (len(head) + 2))
+def memory(steps):
+    """Yield what is kept and computed."""
     for (size, mesh, optimizer, noise), step in steps.items():
-        row = [size, mesh, label(optimizer, noise)]
-        row += [f"{step.arguments / step.parameters:.4f}"]
-        row += [units(step.peak, step), f"{step.peak:,}"]
+        row = {"network": size, "mesh": mesh, "optimizer": label(optimizer, noise)}
+        row["arguments"] = step.arguments / step.parameters
+        row |= {"peak": units(step.peak, step), "peak, bytes": step.peak}
         ideal = 6 * step.parameters / 4 * step.tokens
-        print_row([*row, f"{step.flops / 1e9:.1f}", f"{step.flops / ideal:.4f}"])
+        yield row | {"GFLOP": step.flops / 1e9, "/ 6PT": step.flops / ideal}
 
 
 def units(size, step):
-    """Write bytes as a multiple of the parameters'."""
-    return f"{size / step.parameters:.3f}" if size else "0"
+    """Return bytes as a multiple of the parameters'."""
+    return size / step.parameters
 
 
 def label(optimizer, noise):
@@ -391,20 +384,15 @@ def label(optimizer, noise):
     return names[optimizer, noise]
 
 
-def print_row(cells):
-    """Print a line of a Markdown table."""
-    print(f"| {' | '.join(cells)} |")
-
-
 def main():
-    """Compile all, and print both tables."""
-    config = report.parse_args(Config, __doc__)
+    """Compile all, and keep both tables."""
+    config = flags.parse(Config, __doc__)
     jax.config.update("jax_num_cpu_devices", config.devices)
-    steps = measure_all(config)
-    report.print_conditions(config)
-    print_traffic(steps)
-    print()
-    print_memory(steps)
+    study, steps = results.Study(config), measure_all(config)
+    digits = dict.fromkeys((*COLLECTIVES, "ring", "peak"), 3) | {"GFLOP": 1}
+    digits |= dict.fromkeys(("bytes / AdamW", "/ row above", "arguments", "/ 6PT"), 4)
+    study.table("traffic", traffic(steps), digits)
+    study.table("memory", memory(steps), digits)
 
 
 if __name__ == "__main__":

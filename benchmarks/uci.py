@@ -35,12 +35,14 @@ import baselines
 import jax
 import jax.numpy as jnp
 import numpy as np
-import report
+from common import flags, results, tables
+from common.flags import Count, Results
 from scipy.stats import rankdata
 from tqdm import tqdm
 
 # Probabilistic backpropagation (PBP), MC dropout and deep ensembles, after Table 1 of
 # Lakshminarayanan et al. (2017), who quote the former two from their papers.
+CITED = "PBP, cited", "dropout, cited", "ensemble, cited"
 LITERATURE = {
     "RMSE": {
         "bostonHousing": (3.01, 2.97, 3.28),
@@ -70,15 +72,16 @@ class Config:
 
     data: str = "uci"  # the folder of the text files
     sets: str = "yacht,bostonHousing,energy,concrete,wine-quality-red,power-plant"
-    splits: report.Count = 10
-    trials: report.Count = 16  # for each system, in each split
-    members: report.Count = 5  # of the deep ensemble
-    steps: report.Count = 2000  # of batches, in as many epochs as that takes
+    splits: Count = 10
+    trials: Count = 16  # for each system, in each split
+    members: Count = 5  # of the deep ensemble
+    steps: Count = 2000  # of batches, in as many epochs as that takes
     epochs: int = 0  # so many, if it is not 0
-    batch_size: report.Count = 32
-    width: report.Count = 50
-    num_samples: report.Count = 64  # draws for a prediction
+    batch_size: Count = 32
+    width: Count = 50
+    num_samples: Count = 64  # draws for a prediction
     full: int = 0  # 1: 20 splits and 400 epochs
+    results: Results = "uci.json"
 
 
 class Column(NamedTuple):
@@ -278,7 +281,7 @@ def evaluate(config, method, data):
     outputs = run(config, method, data, num_train, size, runs, seed=1)
     _, targets, unit = data.standardised(num_train)
     targets, unit = targets[:, num_train:], unit[:, 0]
-    results = {}
+    measured = {}
     for i, draws in enumerate(outputs):
         draws = draws[i :: len(winners)]
         rmse = jnp.sqrt(((draws.mean(axis=1) - targets) ** 2).mean(axis=1))
@@ -286,28 +289,23 @@ def evaluate(config, method, data):
         scores = np.stack([rmse * unit, score - np.log(unit)], axis=1)
         setting = {name: x[i] for name, x in settings.items()}
         setting["predictive noise"] = noises[i]
-        results[method.columns[i].name] = scores, setting
-    return results
+        measured[method.columns[i].name] = scores, setting
+    return measured
 
 
-def print_scores(results, measure, index):
-    """Print a Markdown table, mean and standard error over splits."""
-    columns = list(next(iter(results.values())))
-    rows = []
-    for name, systems in results.items():
-        scores = [scores[:, index] for scores, _ in systems.values()]
-        cells = [report.mean_and_error(values, 3) for values in scores]
-        cited = LITERATURE[measure].get(name, ())
-        rows.append((name, *cells, *(f"*{figure:.2f}*" for figure in cited)))
-    titles = measure, *columns, "*PBP*", "*dropout*", "*ensemble*"
-    report.print_table(titles, rows)
+def of_scores(measured, measure, index):
+    """Yield a record of each set: of every system its splits, and what others had."""
+    for name, systems in measured.items():
+        scores = {system: scores[:, index] for system, (scores, _) in systems.items()}
+        cited = LITERATURE[measure].get(name, (None,) * len(CITED))
+        yield tables.record({measure: name, **scores}, CITED, cited)
 
 
-def print_ranks(results):
-    """Print mean ranks, and IVON's differences of over two standard errors."""
-    columns = list(next(iter(results.values())))
+def of_ranks(measured):
+    """Yield mean ranks, and IVON's differences of over two standard errors."""
+    columns = list(next(iter(measured.values())))
     scores = np.array(
-        [[scores for scores, _ in systems.values()] for systems in results.values()]
+        [[scores for scores, _ in systems.values()] for systems in measured.values()]
     )
     scores[..., 1] *= -1  # the less the better, as of RMSE
     ranks = rankdata(scores.mean(axis=2), axis=1).mean(axis=0)  # (systems, measures)
@@ -315,40 +313,38 @@ def print_ranks(results):
     error = gain.std(axis=2, ddof=1) / gain.shape[2] ** 0.5
     wins = (gain.mean(axis=2) > 2 * error).sum(axis=0)
     losses = (gain.mean(axis=2) < -2 * error).sum(axis=0)
-    rows = []
     for i, name in enumerate(columns):
-        cells = [f"{rank:.1f}" for rank in ranks[i]]
-        rows.append((name, *cells, *(f"{wins[i, m]}, {losses[i, m]}" for m in (0, 1))))
-    better = "sets where IVON is better, worse: RMSE"
-    report.print_table(("system", "mean rank, RMSE", "LL", better, "LL"), rows)
+        row = {"system": name}
+        for m, measure in enumerate(LITERATURE):
+            row[f"mean rank, {measure}"] = ranks[i, m]
+            row[f"IVON better, {measure}"] = wins[i, m]
+            row[f"IVON worse, {measure}"] = losses[i, m]
+        yield row
 
 
-def print_settings(results):
-    """Print what was chosen; the noises are those of a standardised target."""
-    for name in next(iter(results.values())):
-        settings = {data: systems[name][1] for data, systems in results.items()}
-        titles = [title.replace("_", " ") for title in next(iter(settings.values()))]
-        rows = [
-            (data, *(f"{x:.2g}" for x in setting.values()))
-            for data, setting in settings.items()
-        ]
-        report.print_table((name, *titles), rows)
+def of_settings(measured):
+    """Yield what was chosen; the noises are those of a standardised target."""
+    for name in next(iter(measured.values())):
+        for data, systems in measured.items():
+            yield {"system": name, "set": data, **systems[name][1]}
 
 
 def main():
-    """Tune, train, test and print."""
-    config = report.parse_args(Config, __doc__, splits=20, epochs=400)
-    report.print_conditions(config)
-    results = {}
+    """Tune, train and test."""
+    config = flags.parse(Config, __doc__, splits=20, epochs=400)
+    study = results.Study(config)
+    measured = {}
     for name in tqdm(config.sets.split(","), desc="sets"):
         data = load(config, name)
-        results[name] = {}
+        measured[name] = {}
         for method in methods(config):
-            results[name].update(evaluate(config, method, data))
-    print_scores(results, "RMSE", 0)
-    print_scores(results, "LL", 1)
-    print_ranks(results)
-    print_settings(results)
+            measured[name].update(evaluate(config, method, data))
+    for i, measure in enumerate(LITERATURE):
+        digits = dict.fromkeys(CITED, 2)
+        study.table(measure, of_scores(measured, measure, i), digits)
+    ranks = {f"mean rank, {measure}": 1 for measure in LITERATURE}
+    study.table("ranks", of_ranks(measured), ranks)
+    study.table("chosen", of_settings(measured))
 
 
 if __name__ == "__main__":

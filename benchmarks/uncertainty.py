@@ -28,12 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
 import resnet20
+from common import flags, results
+from common.flags import Count, Results
 from flax import nnx
 from jax.scipy.special import entr
-from matplotlib.figure import Figure
-from scipy.stats import sem
 from sklearn.datasets import load_digits, load_sample_images
 
 from ivon_jax import metrics
@@ -98,12 +97,12 @@ class Config:
     full: int = 0  # 1: the paper's network and length for CIFAR-10
     epochs: int = 0  # 0: what the data set below has
     systems: str = ",".join(SYSTEMS)
-    trials: report.Count = 16  # of each system
-    seeds: report.Count = 5
-    members: report.Count = 5  # of an ensemble
+    trials: Count = 16  # of each system
+    seeds: Count = 5
+    members: Count = 5  # of an ensemble
     tuning_seeds: int = 0  # 0: what the data set below has
-    num_samples: report.Count = 64
-    plot: report.Picture = "uncertainty.png"
+    num_samples: Count = 64
+    results: Results = "uncertainty.json"
 
 
 class Task(NamedTuple):
@@ -221,11 +220,10 @@ def stacked(settings, repeats):
     }
 
 
-def tune(name, task, config):
-    """Return a system's best setting, a run's seconds, and cells of all trials."""
+def tune(study, name, task, config):
+    """Return a system's best setting, and the seconds of a run."""
     settings, losses, seconds = validate(name, task, config)
-    cells = report.trial_cells(name, settings, losses)
-    return settings[report.best(losses)], seconds, cells
+    return settings[study.trials(name, settings, losses)], seconds
 
 
 def validate(name, task, config):
@@ -306,44 +304,9 @@ def score(probs, labels, num_others):
     ]
 
 
-def print_scores(titles, rows):
-    """Print a table of mean ± standard error; rows are (first cell, columns, last)."""
-
-    def cells(columns):
-        for title, values in columns:
-            yield report.mean_and_error(values, 1 if title.endswith("%") else 3)
-
-    report.print_table(
-        titles, [(name, *cells(columns), *last) for name, columns, *last in rows]
-    )
-
-
-def save_plot(path, scores, others):
-    """Draw NLL and AUROC of all systems, one above the other."""
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    rows = range(len(scores))
-    nll = [inside["NLL"] for inside, _ in scores.values()]
-    left.errorbar(np.mean(nll, 1), rows, xerr=[*map(sem, nll)], fmt="o", color="k")
-    left.set(xlabel="test NLL (nats), lower is better", yticks=rows)
-    left.set_yticklabels(scores)
-    left.invert_yaxis()
-    for i, (name, color) in enumerate(zip(others, ("#0072B2", "#D55E00"), strict=True)):
-        auroc = [outside[i]["AUROC %"] for _, outside in scores.values()]
-        bars = [*map(sem, auroc)]
-        mean = np.mean(auroc, 1)
-        right.errorbar(mean, rows, xerr=bars, fmt="o", color=color, label=name)
-    right.set(xlabel="AUROC (%), higher is better")
-    figure.legend(loc="outside upper right", ncols=2, frameon=False)
-    for axes in (left, right):
-        axes.grid(axis="y", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-
-
 def main():
     """Tune, train, test and print."""
-    config = report.parse_args(Config, __doc__)
+    config = flags.parse(Config, __doc__)
     make_task = mnist_task if config.mnist else digits_task
     task = (cifar_task if config.cifar else make_task)(config)
     images, labels = task.test
@@ -352,12 +315,10 @@ def main():
         "photographs": photographs(task.size, images.shape[1:], len(images)),
     }
     images = np.concatenate([images, *others.values()]).astype(images.dtype)
-    report.print_conditions(config)
+    study = results.Study(config)
     seconds, probs, names = {}, {}, config.systems.split(",")
-    trials = []
     for name in names:
-        setting, duration, cells = tune(name, task, config)
-        trials.append(cells)
+        setting, duration = tune(study, name, task, config)
         rows = test(name, setting, task, config, images)
         probs |= rows
         seconds |= dict.fromkeys(rows, duration)
@@ -367,18 +328,15 @@ def main():
         name: score(probs[name], labels, len(others)) for name in ROWS if name in probs
     }
 
-    report.print_table(report.TRIALS, trials)
-    print_scores(
-        ["in domain", *SCORES, f"time / {names[0]}"],
-        [
-            (name, inside.items(), f"{seconds[name] / seconds[names[0]]:.1f}")
-            for name, (inside, _) in scores.items()
-        ],
-    )
+    times = {name: seconds[name] / seconds[names[0]] for name in scores}
+    rows = [
+        {"system": name, **inside, f"time / {names[0]}": times[name]}
+        for name, (inside, _) in scores.items()
+    ]
+    study.table("in domain", rows, {f"time / {names[0]}": 1})
     for i, other in enumerate(others):
-        rows = [(name, outside[i].items()) for name, (_, outside) in scores.items()]
-        print_scores([other, *DETECTION], rows)
-    save_plot(config.plot, scores, others)
+        rows = [{"system": name, **outside[i]} for name, (_, outside) in scores.items()]
+        study.table(other, rows)
 
 
 if __name__ == "__main__":

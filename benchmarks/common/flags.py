@@ -91,6 +91,15 @@ def parse(config_type, doc, **full):
     return checked(parser, config_type(**defaults | given))
 
 
+def parse_or_tune(config_type, doc):
+    """Return the Config of the command line, and whether ``--tune`` is there."""
+    parser = create_parser(config_type, doc)
+    parser.add_argument("--tune", action="store_true")
+    given = vars(parser.parse_args())
+    tuning = given.pop("tune")
+    return checked(parser, config_type(**given)), tuning
+
+
 def create_parser(config_type, doc, **choices):
     """Return a parser with a flag for each field; what is not given, is left out."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])

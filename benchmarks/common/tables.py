@@ -9,11 +9,18 @@ def markdown(table, columns=None):
 
     A list of numbers, one for each seed, is shown as mean ± standard error.
     """
-    rows, digits = table["rows"], table["digits"]
+    rows = table["rows"]
     columns = columns or list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[cell(row.get(c), digits.get(c)) for c in columns] for row in rows]
+    cells = [[cell(row.get(c), digits_of(c, table)) for c in columns] for row in rows]
     lines = [columns, ["---"] * len(columns), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def digits_of(column, table):
+    """Return a column's decimals; where no one says so, 1 for %, 3 for seeds."""
+    seeds = any(isinstance(row.get(column), list) for row in table["rows"])
+    default = 1 if column.endswith("%") else 3 if seeds else None
+    return table["digits"].get(column, default)
 
 
 def record(labels, columns, values):
@@ -30,10 +37,8 @@ def cell(value, digits=None):
             return value
         case [only]:
             return number(only, digits)
-        case list():
+        case list() | {"mean": _}:
             mean, error = mean_and_error(value)
-        case {"mean": mean, "error": error}:
-            pass
         case {"median": median, "low": low, "high": high}:
             middle, *ends = (number(x, digits) for x in (median, low, high))
             return f"{middle} ({'-'.join(ends)})"
@@ -53,12 +58,17 @@ def mean(value):
             return value
 
 
-def mean_and_error(values):
+def mean_and_error(value):
     """Return the mean over seeds and its standard error, nan where a run diverged."""
-    if None in values:
-        return math.nan, math.nan
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), error
+    match value:
+        case {"mean": middle, "error": error}:
+            return middle, error
+        case [only]:
+            return only, 0.0
+        case list() if None not in value:
+            error = statistics.stdev(value) / math.sqrt(len(value))
+            return statistics.fmean(value), error
+    return math.nan, math.nan
 
 
 def number(value, digits=None):
