@@ -210,7 +210,7 @@ def unknown_classes(found):
     return figure
 
 
-PLOTS = uncertainty, ablations, pruned_weights
+PLOTS = uncertainty, ablations, multi_ivon, leave_one_out_loss, pruned_weights
 
 
 def draw_all(found, folder):

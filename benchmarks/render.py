@@ -32,7 +32,7 @@ def resolve(found, parts):
     """Return the text of a reference."""
     match parts:
         case ["files"]:
-            return tables.markdown({"digits": {}, "rows": files(found)}).rstrip()
+            return tables.markdown({"digits": {}, "rows": list(files(found))}).rstrip()
         case [name, table]:
             return tables.markdown(look_up(found, name, table)).rstrip()
         case [name, table, columns]:

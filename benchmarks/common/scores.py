@@ -16,5 +16,6 @@ def scores(probs, labels):
 
 
 def over_seeds(runs):
-    """Turn the records of all seeds into one of lists."""
-    return {name: [float(run[name]) for run in runs] for name in runs[0]}
+    """Turn the records of all seeds into one of lists, in the order of the tables."""
+    names = [*(name for name in DIGITS if name in runs[0]), *runs[0]]
+    return {name: [float(run[name]) for run in runs] for name in dict.fromkeys(names)}
