@@ -68,18 +68,15 @@ def find_row(rows, labels):
 def files(found):
     """Yield a record of each result: what measured it, when and where."""
     for name, result in found.items():
-        machine, seeds = (
-            result["environment"],
-            "" if result["source"] == "run" else "no",
-        )
-        minutes = result["minutes"]
+        machine, minutes = result["environment"], result["minutes"]
+        kept = "its run" if result["source"] == "run" else "a printed table"
         yield {
             "data": f"[{name}](results/{name}.json)",
             "command": f"`{result['command'].removeprefix('python benchmarks/')}`",
             "on": f"{machine['device']}, jax {machine['jax']}",
             "date": result["date"],
             "minutes": minutes and round(minutes),
-            "single seeds": seeds,
+            "from": kept,
         }
 
 
