@@ -292,6 +292,7 @@ def posterior(model: nnx.Module, optimizer: nnx.Optimizer) -> readers.Posterior:
     >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     >>> optimizer = nnx.Optimizer(model, ivon_jax.ivon(0.1, ess=1000), wrt=nnx.Param)
     >>> q = ivon_jax.flax.posterior(model, optimizer)
+    >>> model.eval()  # dropout and batch normalisation write to a model in training
     >>> graphdef, _, rest = nnx.split(model, nnx.Param, ...)
     >>> def probs(theta):
     ...     return nnx.softmax(nnx.merge(graphdef, theta, rest)(jnp.ones(3)))

@@ -31,6 +31,22 @@ def test_density_is_the_mean_of_the_members_densities(form):
     np.testing.assert_allclose(actual, np.log(densities.mean()), rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float16")])
+def test_members_may_have_dtypes_of_their_own(dtypes, key):
+    """They are what they would be in float32, and so are the samples."""
+    members = [
+        q._replace(mean=q.mean.astype(dtype))
+        for q, dtype in zip(MEMBERS, dtypes, strict=False)
+    ]
+    wide = [q._replace(mean=q.mean.astype(jnp.float32)) for q in members]
+    x = jnp.float32([0.2, 0.7])
+    mixtures = ivon_jax.Mixture(members), ivon_jax.Mixture(wide)
+    for read in (lambda q: q.log_prob(x), lambda q: q.sample(key, (3,))):
+        actual, expected = map(read, mixtures)
+        assert actual.dtype == jnp.float32
+        np.testing.assert_array_equal(actual, expected)
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_samples_have_the_moments_of_the_mixture(form, key):
     """Within five standard errors of 4,000 draws."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from .. import _checks
+from .._arrays.dtypes import wide
 from .._arrays.sharding import row
 from .gaussian import Posterior, each
 
@@ -67,7 +68,7 @@ class Mixture(NamedTuple):
         _checks.members(self.posteriors, Posterior, Stacked)
         if self._is_stacked:
             return Posterior(*self.posteriors)
-        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *self.posteriors)
+        return jax.tree.map(_stack, *self.posteriors)
 
     @property
     def num_members(self) -> int:
@@ -149,3 +150,9 @@ class Mixture(NamedTuple):
         _checks.precisions(stacked)
         densities = jax.vmap(lambda q: q.log_prob(theta))(stacked)
         return jax.nn.logsumexp(densities) - math.log(self.num_members)
+
+
+def _stack(*arrays):
+    """The arrays of all members; in a wide dtype where they have several."""
+    several = len({jnp.result_type(x) for x in arrays}) > 1
+    return jnp.stack(wide(*arrays) if several else arrays)
