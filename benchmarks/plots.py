@@ -210,7 +210,14 @@ def unknown_classes(found):
     return figure
 
 
-PLOTS = uncertainty, ablations, multi_ivon, leave_one_out_loss, pruned_weights
+PLOTS = (
+    uncertainty,
+    ablations,
+    multi_ivon,
+    leave_one_out_loss,
+    merged_networks,
+    pruned_weights,
+)
 
 
 def draw_all(found, folder):

@@ -89,6 +89,14 @@ def test_the_page_is_what_the_data_render():
     assert render.page(RESULTS, TEMPLATE) == PAGE
 
 
+def test_the_readme_has_the_table_of_the_digits_and_counts_the_claims():
+    readme, columns = (ROOT / "README.md").read_text(), ["system", "accuracy %"]
+    table = RESULTS["mlp_digits"]["tables"]["test"]
+    assert tables.markdown(table, [*columns, "NLL", "ECE", "Brier"]) in readme
+    claims = PAGE.partition("| claim |")[2].partition("\n\n")[0].count("\n") - 1
+    assert f"holds {claims} claims" in readme
+
+
 def test_no_figure_of_ours_is_beside_the_data():
     """Decimals stand in references alone, but for settings and what the paper has."""
     lines = [
