@@ -173,6 +173,16 @@ def test_a_mixture_is_a_pytree_that_predicts_under_jit(key):
     np.testing.assert_allclose(predict(mixture, key), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint32, jnp.bfloat16])
+def test_point_masses_may_be_of_any_dtype(dtype, key):
+    mean = {"w": jnp.zeros(2), "fixed": jnp.asarray([True, False]).astype(dtype)}
+    q = ivon_jax.Posterior(mean, {"w": jnp.ones(2), "fixed": None})
+    mixture = ivon_jax.Mixture([q, q])
+    for drawn in (mixture.sample(key), mixture.member(jnp.asarray(1)).mean):
+        assert drawn["fixed"].dtype == dtype
+        np.testing.assert_array_equal(drawn["fixed"], mean["fixed"])
+
+
 def test_point_masses_differ_between_members():
     """Say, of a layer that each run trained with Adam."""
     q = ivon_jax.Posterior(

@@ -98,7 +98,7 @@ def positions(x):
 def row(x, index):
     """``x[index]``, for any sharding of the first axis, without gathering the rest.
 
-    NaN, or zero of integers, where there is no such row.
+    NaN, zero of integers or False, where there is no such row.
     """
     x, index = jnp.asarray(x), jnp.asarray(index)
     if index.ndim:
@@ -108,9 +108,10 @@ def row(x, index):
         found = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
     else:
         chosen = jnp.expand_dims(positions(x) == index, range(1, x.ndim))
-        found = jnp.sum(jnp.where(chosen, x, 0), axis=0, dtype=x.dtype)
+        found = jnp.sum(jnp.where(chosen, x, jnp.zeros_like(x)), axis=0, dtype=x.dtype)
     missing = jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0
-    return jnp.where((index >= 0) & (index < len(x)), found, missing).astype(x.dtype)
+    missing = jnp.full_like(found, missing)
+    return jnp.where((index >= 0) & (index < len(x)), found, missing)
 
 
 def zeros_of(fn, args, dtype=lambda output: output.dtype):
