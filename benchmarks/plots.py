@@ -216,6 +216,7 @@ PLOTS = (
     multi_ivon,
     leave_one_out_loss,
     merged_networks,
+    task_sequence,
     pruned_weights,
 )
 
