@@ -103,13 +103,14 @@ def test_batches_leave_the_bound_unbiased(key):
 
 
 @pytest.mark.usefixtures("x64")
-def test_it_is_minus_equation_1_for_any_ess(key):
+@pytest.mark.parametrize("ess", [7.0, jnp.array(7.0, jnp.float32)])
+def test_it_is_minus_equation_1_for_any_ess(ess, key):
     q = gaussian(MEAN, PRECISION)
     theta = [q.sample(sample_key) for sample_key in jax.random.split(key, 3)]
     losses = np.mean([loss_fn(t) for t in theta])
     ratio = PRIOR_PRECISION / PRECISION
     kl = 0.5 * np.sum(ratio - np.log(ratio) + PRIOR_PRECISION * MEAN**2 - 1)
-    bound = evidence_lower_bound(loss_fn, q, prior_of(q), key, ess=7.0, num_samples=3)
+    bound = evidence_lower_bound(loss_fn, q, prior_of(q), key, ess=ess, num_samples=3)
     np.testing.assert_allclose(bound, -(7.0 * losses + kl), rtol=1e-12)
     assert bound.dtype == jnp.float64
 
