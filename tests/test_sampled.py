@@ -385,6 +385,17 @@ def test_bfloat16_parameters_have_a_float32_mean_and_exact_estimates():
     chex.assert_trees_all_close(cast(theta, "float32"), exact, rtol=2**-7, atol=2**-8)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool])
+def test_what_is_no_float_is_not_trained(dtype):
+    """The mean keeps its dtype, and is refused where nothing leaves it out."""
+    params = {"i": jnp.ones(2, dtype), "w": jnp.ones(2)}
+    with pytest.raises(TypeError, match=f"got {np.dtype(dtype)} at params"):
+        ivon_jax.sampled(ivon(), jax.random.key(0)).init(params)
+    masked = optax.masked(ivon(), {"i": False, "w": True})
+    state = ivon_jax.sampled(masked, jax.random.key(0)).init(params)
+    assert state.mean["i"].dtype == dtype
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_an_estimate_is_taken_where_the_trainer_would_be(dtype):
     """The loss sees the trainer's dtype, though the mean has more bits."""

@@ -117,9 +117,10 @@ def sampled(
 
 
 def _mean_of(param):
-    """A copy: the trainer may donate its own. In float32 or wider."""
-    floating = jnp.issubdtype(jnp.result_type(param), jnp.floating)
-    return jnp.copy(param).astype(wide_dtype(param) if floating else None)
+    """A copy: the trainer may donate its own. Floats are float32 or wider."""
+    dtype = jnp.result_type(param)
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return jnp.copy(param).astype(wide_dtype(param) if floating else dtype)
 
 
 def _rounded(params, mean):
