@@ -14,12 +14,11 @@ each.
 import dataclasses
 import functools
 
-import baselines
 import jax
 import jax.numpy as jnp
 import numpy as np
 import uncertainty
-from common import flags, results
+from common import baselines, flags, results
 from common.flags import Count, Results
 from scipy import ndimage
 

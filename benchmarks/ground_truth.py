@@ -31,13 +31,12 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import baselines
 import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import flags, results, tables
+from common import baselines, flags, results, tables
 from common.flags import Count, Positive, Results
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.decomposition import PCA

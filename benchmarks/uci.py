@@ -31,11 +31,10 @@ import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-import baselines
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import flags, results, tables
+from common import baselines, flags, results, tables
 from common.flags import Count, Results
 from scipy.stats import rankdata
 from tqdm import tqdm

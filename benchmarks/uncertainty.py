@@ -23,13 +23,12 @@ import dataclasses
 import itertools
 from typing import NamedTuple
 
-import baselines
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import resnet20
-from common import flags, results
+from common import baselines, flags, results
 from common.flags import Count, Results
 from flax import nnx
 from jax.scipy.special import entr

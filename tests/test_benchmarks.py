@@ -19,8 +19,8 @@ BENCHMARKS = ROOT / "benchmarks"
 RESULTS = results.load()
 TEMPLATE = (BENCHMARKS / "page.md").read_text()
 PAGE = (BENCHMARKS / "README.md").read_text()
-SHARED = {"baselines", "plots", "render", "run"}
-SCRIPTS = sorted({p.stem for p in BENCHMARKS.glob("*.py")} - SHARED)
+TOOLS = {"plots", "render", "run"}
+SCRIPTS = sorted({p.stem for p in BENCHMARKS.glob("*.py")} - TOOLS)
 NOT_RUN = {"cifar"}  # to its end, on the one GPU that was at hand
 
 

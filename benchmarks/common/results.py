@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -49,7 +50,7 @@ class Study:
 
     def table(self, name, rows, digits=None):
         """Print and keep records of labels, numbers, and lists of one for each seed."""
-        table = {"digits": digits or {}, "rows": _plain(list(rows))}
+        table = {"digits": digits or {}, "rows": _plain(rows)}
         self._data["tables"][name] = table
         print(f"{name}:\n\n{tables.markdown(table)}", flush=True)
         self._write()
@@ -59,11 +60,11 @@ class Study:
         chosen = best(losses)
         kept = self._data["tables"].setdefault("trials", {"digits": {}, "rows": []})
         trials = enumerate(zip(settings, losses, strict=True))
-        rows = [
+        rows = _plain(
             {"system": system, **setting, score: loss, "chosen": i == chosen}
             for i, (setting, loss) in trials
-        ]
-        kept["rows"] += _plain(rows)
+        )
+        kept["rows"] += rows
         print(f"{system}: best of {len(rows)} trials {rows[chosen]}\n", flush=True)
         self._write()
         return chosen
@@ -133,7 +134,7 @@ def _plain(value):
     """Arrays as lists, numbers with six digits, and null for what is not finite."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | Iterator):
         return [_plain(v) for v in value]
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return _plain(np.asarray(value).tolist())
