@@ -20,16 +20,18 @@ from ._evaluation.objective import evidence_lower_bound as evidence_lower_bound
 from ._optimizer.estimate import Estimate as Estimate
 from ._optimizer.gradients import value_and_grad as value_and_grad
 from ._optimizer.posterior import (
-    SampledState as SampledState,
-    find_states as find_states,
     mean as mean,
     posterior as posterior,
     prior as prior,
     sample as sample,
 )
 from ._optimizer.sampled import sampled as sampled
-from ._optimizer.transform import (
+from ._optimizer.state import (
     IVONState as IVONState,
+    SampledState as SampledState,
+    find_states as find_states,
+)
+from ._optimizer.transform import (
     ivon as ivon,
     scale_by_ivon as scale_by_ivon,
 )

@@ -10,6 +10,7 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
 from . import _checks
+from ._distributions.gaussian import Posterior, beside
 from ._optimizer import gradients, posterior as readers
 from ._optimizer.estimate import Estimate, with_extra_args
 
@@ -40,13 +41,11 @@ class TrainState(train_state.TrainState):
         """Draw parameters from the posterior; see `ivon_jax.sample`."""
         return self.posterior().sample(key)
 
-    def posterior(self) -> readers.Posterior:
+    def posterior(self) -> Posterior:
         """Return the Gaussian over the parameters; see `ivon_jax.posterior`."""
         q = readers.posterior(_trained(self.params), self.opt_state)
-        point_masses = jax.tree.map(lambda _: None, self.params)
-        rest = _overwritten(point_masses)
-        precision = _with_trained(self.params, q.precision, rest)
-        return readers.Posterior(_with_trained(self.params, q.mean), precision)
+        own = _overwritten(self.params)
+        return q if own is None else beside(q, lambda x, y: {"params": x} | y, own)
 
     def apply_gradients(
         self,
@@ -98,7 +97,7 @@ def _trained(tree):
     return tree if _overwritten(tree) is None else tree["params"]
 
 
-def _with_trained(params, trained, rest=None):
+def _with_trained(params, trained, rest):
     """`params` with other values for what the optimizer trains, and for the rest."""
     own = _overwritten(params)
     return trained if own is None else {"params": trained} | own | (rest or {})
@@ -282,7 +281,7 @@ def _by_path(state, arrays_by_number):
     return {paths[i]: x for i, x in arrays_by_number.items()}
 
 
-def posterior(model: nnx.Module, optimizer: nnx.Optimizer) -> readers.Posterior:
+def posterior(model: nnx.Module, optimizer: nnx.Optimizer) -> Posterior:
     """Return the Gaussian over the parameters of `optimizer` in `model`.
 
     Its samples are states for `nnx.merge`:
@@ -316,7 +315,7 @@ def posterior(model: nnx.Module, optimizer: nnx.Optimizer) -> readers.Posterior:
     return readers.posterior(params, arrays(optimizer.opt_state))
 
 
-def prior(model: nnx.Module, optimizer: nnx.Optimizer) -> readers.Posterior:
+def prior(model: nnx.Module, optimizer: nnx.Optimizer) -> Posterior:
     """Return the prior over the parameters of `optimizer` in `model`.
 
     Both arguments, the result and the errors are as for `posterior`.

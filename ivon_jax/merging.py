@@ -11,11 +11,13 @@ References:
   ICLR 2024; Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023.
 """
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from . import _checks
@@ -103,7 +105,7 @@ def merge(
     count = len(finetuned)
     _checks.list_of_trees("hessians", hessians, count)
     hessians = [
-        _checks.curvature(f"hessians[{t}]", hess, "`base`", base)
+        _curvature(f"hessians[{t}]", hess, "`base`", base)
         for t, hess in enumerate(hessians)
     ]
 
@@ -112,7 +114,7 @@ def merge(
         weights = _weights(path, base_hess, hess, wide_dtype(theta, *thetas))
         return _shifted(theta, thetas, scales, weights)
 
-    base_hessian = _checks.curvature("base_hessian", base_hessian, "`base`", base)
+    base_hessian = _curvature("base_hessian", base_hessian, "`base`", base)
     trees = (base_hessian, *finetuned, *hessians)
     return jax.tree_util.tree_map_with_path(leaf, base, *trees)
 
@@ -221,7 +223,7 @@ def _weights(path, base_hess, hess, dtype):
         jnp.asarray(0.0 if h is None else h, dtype) for h in (base_hess, *hess)
     ]
     total = base_hess + sum(hess)
-    _checks.some_curvature(path, total)
+    _check_some_curvature(path, total)
     return [(base_hess + h) / total for h in hess]
 
 
@@ -233,3 +235,55 @@ def _shifted(theta, thetas, scales, weights):
         scale, weight = (jnp.asarray(factor, dtype) for factor in factors)
         total += scale * weight * (jnp.asarray(theta_t, dtype) - start)
     return total.astype(jnp.result_type(theta))
+
+
+def _curvature(name, hess, reference_name, reference):
+    """Return non-negative `hess` like `reference`, None for None or masked parts."""
+    if isinstance(hess, numbers.Real) or getattr(hess, "shape", None) == ():
+        number = _checks.non_negative(name, hess)
+        return jax.tree.map(lambda _: number, reference)
+
+    def unknown(node):
+        return node is None or _checks.is_masked(node)
+
+    def fill(h, part):
+        return part if unknown(h) else h
+
+    try:
+        whole = jax.tree.map(fill, hess, reference, is_leaf=unknown)
+    except ValueError:
+        whole = hess
+    _checks.like(name, whole, reference_name, reference)
+    for path, h in jax.tree_util.tree_leaves_with_path(hess):
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if not jnp.issubdtype(jnp.result_type(h), jnp.floating):
+            raise TypeError(
+                f"`{name}` must be real floating-point arrays, got "
+                f"{jnp.result_type(h)} at {where}."
+            )
+        low, high = _checks.extremes(jnp.asarray(h)) or (0, 0)
+        if not 0 <= low <= high < np.inf:
+            bad = high if low >= 0 else low
+            raise ValueError(
+                f"`{name}` must be non-negative and finite, got {bad} at {where}. "
+                "IVON's `h` may fall to minus the weight decay: use the precision of "
+                "`ivon_jax.posterior`, or `jnp.maximum(h, 0)`."
+            )
+    return jax.tree.map(
+        lambda h, part: jax.tree.map(lambda _: None, part) if unknown(h) else h,
+        hess,
+        reference,
+        is_leaf=unknown,
+    )
+
+
+def _check_some_curvature(path, total):
+    """Reject a sum of Hessians that cannot be divided by."""
+    low, high = _checks.extremes(total) or (1, 1)
+    if not 0 < low <= high < np.inf:
+        bad = high if low > 0 else low
+        raise ValueError(
+            "`base_hessian` plus the sum of `hessians` must be positive and finite, "
+            f"got {bad} at base{jax.tree_util.keystr(path)}. Pass a positive "
+            "`base_hessian`, such as the prior's precision."
+        )

@@ -201,7 +201,7 @@ def linearized(
       Linearization, AISTATS 2021.
     """
     _checks.function("fn", fn)
-    _checks.gaussian("posterior", posterior, Posterior)
+    _checks.distribution("posterior", posterior, "covariance_times")
     _checks.integer_between("chunk_size", chunk_size, 1)
     x = jax.tree.map(jnp.asarray, x)
     _checks.number_of_examples(x=x)

@@ -42,12 +42,10 @@ def signal_to_noise(posterior: Posterior) -> Any:
     """
     _check(posterior)
 
-    def ratio(mean, precision):
-        if precision is None:
-            return None
-        return jnp.abs(jnp.asarray(mean, precision.dtype)) * jnp.sqrt(precision)
+    def ratio(mean, stddev, trained):
+        return jnp.divide(*wide(jnp.abs(mean), stddev)) if trained else None
 
-    return jax.tree.map(ratio, posterior.mean, posterior.precision)
+    return jax.tree.map(ratio, posterior.mean, posterior.stddev, posterior.trained)
 
 
 def mask(scores: Any, sparsity: jax.typing.ArrayLike) -> Any:
@@ -134,7 +132,12 @@ def by_variance(posterior: Posterior, sparsity: jax.typing.ArrayLike) -> Any:
       TypeError, ValueError: as `signal_to_noise` and `mask`.
     """
     _check(posterior)
-    return _like_mean(posterior, mask(posterior.precision, sparsity))
+
+    def narrowness(variance, trained):
+        return -variance if trained else None
+
+    scores = jax.tree.map(narrowness, posterior.variance, posterior.trained)
+    return _like_mean(posterior, mask(scores, sparsity))
 
 
 def prune(params: optax.Params | Posterior, mask: Any) -> optax.Params:
@@ -206,8 +209,12 @@ def curve(
 
 
 def _check(posterior):
-    _checks.gaussian("posterior", posterior, Posterior)
-    _checks.some_precision(posterior)
+    _checks.distribution("posterior", posterior, "covariance_times")
+    if not any(jax.tree.leaves(posterior.trained)):
+        raise ValueError(
+            "`posterior` must have a precision for some array, got point masses alone. "
+            "Was it made of the state of `ivon_jax.ivon`?"
+        )
 
 
 @jax.jit

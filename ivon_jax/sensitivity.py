@@ -252,7 +252,7 @@ def leave_one_out_loss(
 
 def _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size):
     """Map ``result(outputs, deviation, y)`` over the examples."""
-    _checks.gaussian("posterior", posterior, Posterior)
+    _checks.distribution("posterior", posterior, "covariance_times")
     _checks.boolean("diagonal", diagonal)
     _checks.integer_between("chunk_size", chunk_size, 1)
     x, y = jax.tree.map(jnp.asarray, x), jax.tree.map(_checks.as_array, y)

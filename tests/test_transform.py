@@ -219,12 +219,55 @@ def test_empty_none_and_zero_size_leaves_are_no_obstacle(key):
 
 
 def test_sample_and_update_hold_no_noise_buffer():
-    """The state is two trees like params and three scalars."""
+    """The state is two trees like params and six scalars."""
     tx = ivon_jax.ivon(0.1, ess=100)
     leaves = jax.tree.leaves(tx.init(PARAMS))
     assert sum(leaf.size for leaf in leaves) == 2 * sum(
         leaf.size for leaf in jax.tree.leaves(PARAMS)
-    ) + len(["count", "ess", "weight_decay"])
+    ) + len(["count", "ess", "weight_decay", "b1", "one_minus_b2", "hess_init"])
+
+
+def test_the_state_holds_the_settings():
+    """1 - b2, because float32 has 0.99999 with an error of 1 % of what it forgets."""
+    tx = ivon_jax.ivon(0.1, ess=7, b1=0.8, b2=1 - 1e-7, hess_init=0.3, clip_radius=2.0)
+    [state] = ivon_jax.find_states(tx.init(PARAMS))
+    found = state.ess, state.b1, state.one_minus_b2, state.hess_init, state.clip_radius
+    np.testing.assert_allclose(found, [7, 0.8, 1e-7, 0.3, 2.0], rtol=1e-6)
+    [state] = ivon_jax.find_states(ivon_jax.scale_by_ivon(1.0).init(PARAMS))
+    assert state.clip_radius is None
+
+
+def test_the_state_holds_the_settings_of_the_last_step(key):
+    """Those of a schedule, too."""
+    tx = optax.inject_hyperparams(ivon_jax.ivon)(
+        learning_rate=0.1, ess=10, b1=lambda count: 0.5 + 0.1 * count, clip_radius=1.0
+    )
+    opt_state = tx.init(PARAMS)
+    for expected in (0.5, 0.6):
+        _, opt_state = step(tx, PARAMS, opt_state, key)
+        [state] = ivon_jax.find_states(opt_state)
+        np.testing.assert_allclose(state.b1, expected, rtol=1e-6)
+
+
+def test_a_state_without_settings_says_what_to_do(key):
+    """As those of version 0.1 have none."""
+    tx = ivon_jax.scale_by_ivon(10.0)
+    opt_state = tx.init(PARAMS)
+    old = ivon_jax.IVONState(*opt_state[:6])
+    with pytest.raises(ValueError, match=r"of an older checkpoint.*tx\.init\(params\)"):
+        step(tx, PARAMS, old, key)
+    with pytest.raises(ValueError, match=r"of an older checkpoint.*tx\.init\(params\)"):
+        ivon_jax.diagnostics.measure(PARAMS, old)
+    copied = opt_state._replace(count=old.count, momentum=old.momentum, hess=old.hess)
+    step(tx, PARAMS, copied, key)
+
+
+@pytest.mark.parametrize("before", [None, 1.0])
+def test_a_clip_radius_that_the_state_was_not_made_with_is_refused(before, key):
+    opt_state = ivon_jax.ivon(0.1, ess=10, clip_radius=before).init(PARAMS)
+    after = ivon_jax.ivon(0.1, ess=10, clip_radius=1.0 if before is None else None)
+    with pytest.raises(ValueError, match="`clip_radius` must be what the state was ma"):
+        step(after, PARAMS, opt_state, key)
 
 
 TX = ivon_jax.ivon(0.1, ess=100)

@@ -32,20 +32,8 @@ from .functions import (
     function as function,
 )
 from .gaussians import (
-    curvature as curvature,
-    gaussian as gaussian,
-    member_index as member_index,
-    members as members,
-    natural_parameters as natural_parameters,
-    one_prior as one_prior,
+    distribution as distribution,
     posterior_to_sample as posterior_to_sample,
-    precision_like_mean as precision_like_mean,
-    precisions as precisions,
-    prior_precision as prior_precision,
-    same_point_masses as same_point_masses,
-    some_curvature as some_curvature,
-    some_entries as some_entries,
-    some_precision as some_precision,
 )
 from .scalars import (
     arguments_in_order as arguments_in_order,
@@ -62,6 +50,7 @@ from .scalars import (
     has_key as has_key,
     integer_between as integer_between,
     known as known,
+    least_and_greatest as least_and_greatest,
     measured as measured,
     non_negative as non_negative,
     positive as positive,

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from .. import _checks, _rules
-from .._arrays.dtypes import wide, wide_dtype
+from .._arrays.dtypes import wide, wide_dtype, wide_full_like
 from .._arrays.noise import normal
 from .._arrays.sharding import in_type
-from . import densities
+from . import densities, validity
 from .natural import NaturalParameters, PointMass, place, summable
 
 
@@ -84,7 +84,7 @@ class Posterior(NamedTuple):
         Raises:
           ValueError: the trees differ, or a quadratic entry is not negative.
         """
-        _checks.natural_parameters(natural, PointMass)
+        validity.natural_parameters(natural)
 
         def gaussian(linear, quadratic):
             if isinstance(quadratic, PointMass):
@@ -104,7 +104,7 @@ class Posterior(NamedTuple):
         >>> print(*q.natural_parameters)
         [4. 4.] [-2. -2.]
         """
-        _checks.precisions(self)
+        self.validate()
 
         def linear(mean, precision):
             mean, precision = wide(mean, precision)
@@ -114,8 +114,8 @@ class Posterior(NamedTuple):
             return PointMass(jnp.ones([]))
 
         return NaturalParameters(
-            map_arrays(linear, self, point_mass=summable),
-            map_arrays(lambda _, p: -0.5 * p, self, point_mass=point_mass),
+            _map(linear, self, point_mass=summable),
+            _map(lambda _, p: -0.5 * p, self, point_mass=point_mass),
         )
 
     def tempered(self, temperature: jax.typing.ArrayLike) -> "Posterior":
@@ -134,12 +134,12 @@ class Posterior(NamedTuple):
           TypeError, ValueError: `temperature` is no positive number.
         """
         temperature = _checks.positive("temperature", temperature)
-        _checks.precisions(self)
+        self.validate()
 
         def divide(_, precision):
             return precision / jnp.asarray(temperature, precision.dtype)
 
-        return self._replace(precision=map_arrays(divide, self))
+        return self._replace(precision=_map(divide, self))
 
     def restricted(
         self, mask: optax.Params | Callable[[optax.Params], optax.Params]
@@ -161,7 +161,7 @@ class Posterior(NamedTuple):
         Raises:
           ValueError, TypeError: `mask` does not fit, or has other leaves than booleans.
         """
-        _checks.precisions(self)
+        self.validate()
         mask = mask if _checks.is_mask(mask, self.mean) else mask(self.mean)
         keep = _checks.mask_of("mask", mask, self.mean)
 
@@ -174,20 +174,20 @@ class Posterior(NamedTuple):
     @property
     def variance(self) -> optax.Params:
         r""":math:`\sigma^2`, a tree of `mean`'s structure; zero for a point mass."""
-        _checks.precisions(self)
+        self.validate()
 
-        def inverse(_, precision):
-            return 1.0 / jnp.where(precision >= 0, precision, jnp.nan)
-
-        return map_arrays(inverse, self, point_mass=jnp.zeros_like)
+        return _map(lambda _, p: _variance(p), self, point_mass=jnp.zeros_like)
 
     @property
     def stddev(self) -> optax.Params:
         r""":math:`\sigma`, a tree of `mean`'s structure; zero for a point mass."""
-        _checks.precisions(self)
-        return map_arrays(
-            lambda _, p: 1.0 / jnp.sqrt(p), self, point_mass=jnp.zeros_like
-        )
+        self.validate()
+        return _map(lambda _, p: 1.0 / jnp.sqrt(p), self, point_mass=jnp.zeros_like)
+
+    @property
+    def trained(self) -> optax.Params:
+        """Whether each array is random: a tree of booleans, False for a point mass."""
+        return _map(lambda _m, _p: True, self, point_mass=lambda _: False)
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> optax.Params:
         r"""Draw :math:`\theta \sim q`.
@@ -209,12 +209,85 @@ class Posterior(NamedTuple):
           TypeError, ValueError: `key` or `shape` is none, or a precision is zero.
         """
         key, shape = _checks.random_key("key", key), _checks.shape("shape", shape)
-        _checks.precisions(self, positive=True)
+        self.validate(positive=True)
+        return each(lambda key: self.perturb(self.noise(key)), key, shape)
 
-        def draw(key):
-            return drawn(self, standard_normal(self, key))
+    def noise(self, key: jax.Array) -> optax.Params:
+        r"""Draw standard normal :math:`\epsilon`, a key of its own for each array.
 
-        return each(draw, key, shape)
+        A tree like `mean`, float32 or wider; None for a point mass.
+        """
+        leaves, structure = jax.tree.flatten(self.mean)
+        keys = []
+        # With all keys at once, XLA would begin all arrays' noise before it ends any.
+        for _ in leaves:
+            key, leaf_key = jax.random.split(key)
+            keys.append(leaf_key)
+
+        def draw(mean, precision, leaf_key):
+            # Without its sharding every device would draw the noise of all.
+            sharding = in_type(mean)
+            return normal(leaf_key, mean.shape, precision.dtype, out_sharding=sharding)
+
+        return _map(draw, self, structure.unflatten(keys))
+
+    def perturb(
+        self, noise: optax.Params, dtype: jax.typing.DTypeLike | None = None
+    ) -> optax.Params:
+        r"""Return :math:`\theta = m + \sigma \epsilon` of this `noise` (line 2).
+
+        In `dtype`, or in the dtypes of `mean`. A point mass is its mean.
+        """
+
+        def shift(mean, precision, noise):
+            perturbation = _rules.perturbation(noise, precision)
+            theta = jnp.add(*wide(mean, perturbation))
+            return theta.astype(dtype or mean.dtype)
+
+        def cast(mean):
+            floating = jnp.issubdtype(jnp.result_type(mean), jnp.inexact)
+            return jnp.asarray(mean, dtype) if dtype is not None and floating else mean
+
+        return _map(shift, self, noise, point_mass=cast)
+
+    def hess_estimate(self, grad: optax.Updates, theta: optax.Params) -> optax.Updates:
+        r"""Return :math:`\hat h = \hat g (\theta - m) / \sigma^2` (line 3).
+
+        `grad` was taken at `theta`, a draw. Float32 or wider; None for a point mass.
+        """
+
+        def estimate(mean, precision, grad, theta):
+            mean, grad, theta = (x.astype(precision.dtype) for x in (mean, grad, theta))
+            return _rules.hess_estimate(grad, theta - mean, precision)
+
+        return _map(estimate, self, grad, theta)
+
+    def hess_estimate_of_noise(
+        self, grad: optax.Updates, noise: optax.Params
+    ) -> optax.Updates:
+        r"""Return `hess_estimate` for the theta of `noise`, before it was rounded."""
+
+        def estimate(_, precision, grad, noise):
+            grad = grad.astype(precision.dtype)
+            return _rules.hess_estimate_of_noise(grad, noise, precision)
+
+        return _map(estimate, self, grad, noise)
+
+    def squared_gradient(self, grad: optax.Updates) -> optax.Updates:
+        r"""Return :math:`\hat g^2`, float32 or wider; None for a point mass."""
+
+        def square(_, precision, grad):
+            return _rules.squared_gradient(grad.astype(precision.dtype))
+
+        return _map(square, self, grad)
+
+    def covariance_times(self, vector: optax.Params) -> optax.Params:
+        r"""Return :math:`\sigma^2 v`, None for a point mass, which `v` may leave out."""
+
+        def product(_, precision, vector):
+            return jnp.multiply(*wide(vector, _variance(precision)))
+
+        return _map(product, self, vector)
 
     def log_prob(self, theta: optax.Params) -> jax.Array:
         r"""Log-density :math:`\log q(\theta)` in nats, without the point masses.
@@ -224,12 +297,12 @@ class Posterior(NamedTuple):
         0.000000
         """
         theta = _checks.like("theta", theta, "the posterior's mean", self.mean)
-        _checks.precisions(self)
+        self.validate()
 
         def log_density(mean, precision, x):
             return densities.log_density(x, mean, precision)
 
-        return _total(map_arrays(log_density, self, theta))
+        return _total(_map(log_density, self, theta))
 
     def entropy(self) -> jax.Array:
         r"""Entropy :math:`-E_q[\log q(\theta)]` in nats, without the point masses.
@@ -238,8 +311,8 @@ class Posterior(NamedTuple):
         >>> print(f"{abs(q.entropy()):.6f}")
         0.000000
         """
-        _checks.precisions(self)
-        return _total(map_arrays(lambda _, p: densities.entropy(p), self))
+        self.validate()
+        return _total(_map(lambda _, p: densities.entropy(p), self))
 
     def kl_divergence(self, prior: "Posterior") -> jax.Array:
         r"""Kullback-Leibler divergence :math:`KL(q \| p)` to another Gaussian, in nats.
@@ -260,51 +333,24 @@ class Posterior(NamedTuple):
           ValueError: a parameter is a point mass in one of the two alone, where the
             divergence is infinite.
         """
-        _checks.gaussian("prior", prior, Posterior)
+        _checks.distribution("prior", prior, "kl_divergence")
         _checks.like("prior.mean", prior.mean, "the posterior's mean", self.mean)
-        _checks.same_point_masses(self, prior)
-        _checks.precisions(self)
-        return divergence(self, prior)
+        validity.same_point_masses(self, prior)
+        self.validate()
+        divergence = densities.kl_divergence
+        return _total(_map(divergence, self, prior.mean, prior.precision))
 
+    def validate(self, *, positive: bool = False) -> None:
+        """Raise unless this is a Gaussian, and outside of ``jit`` its values are.
 
-def divergence(q: Posterior, prior: Posterior) -> jax.Array:
-    """The divergence of two Gaussians, NaN where a precision is."""
-    arrays = map_arrays(densities.kl_divergence, q, prior.mean, prior.precision)
-    return _total(arrays)
+        Args:
+          positive: whether a flat one, of precision zero, is none either.
 
-
-def standard_normal(q: Posterior, key: jax.Array) -> optax.Params:
-    """Draw noise in `precision`'s dtypes; every array has a key of its own."""
-    leaves, structure = jax.tree.flatten(q.mean)
-    keys = []
-    # With all keys at once, XLA would begin all arrays' noise before it ends any.
-    for _ in leaves:
-        key, leaf_key = jax.random.split(key)
-        keys.append(leaf_key)
-
-    def draw(mean, precision, leaf_key):
-        # Without its sharding every device would draw the noise of all.
-        sharding = in_type(mean)
-        return normal(leaf_key, mean.shape, precision.dtype, out_sharding=sharding)
-
-    return map_arrays(draw, q, structure.unflatten(keys))
-
-
-def drawn(
-    q: Posterior, noise: optax.Params, dtype: jax.typing.DTypeLike | None = None
-) -> optax.Params:
-    """Return theta of standard normal noise, in `dtype` or the parameters' dtypes."""
-
-    def shift(mean, precision, noise):
-        perturbation = _rules.perturbation(noise, precision)
-        theta = jnp.add(*wide(mean, perturbation))
-        return theta.astype(dtype or mean.dtype)
-
-    def cast(mean):
-        floating = jnp.issubdtype(jnp.result_type(mean), jnp.inexact)
-        return jnp.asarray(mean, dtype) if dtype is not None and floating else mean
-
-    return map_arrays(shift, q, noise, point_mass=cast)
+        Raises:
+          TypeError, ValueError: mean and precision differ in structure or shape, or a
+            precision is negative, infinite or NaN.
+        """
+        validity.check(self, positive)
 
 
 def each(draw, key, shape):
@@ -314,9 +360,76 @@ def each(draw, key, shape):
     return draw(jax.random.split(key, shape) if shape else key)
 
 
-def map_arrays(fn, q, *rest, point_mass=lambda _: None):
+def _variance(precision):
+    """NaN for what is no precision."""
+    return 1.0 / jnp.where(precision >= 0, precision, jnp.nan)
+
+
+def of_curvature(mean, hess, ess, weight_decay):
+    """The Gaussian of line 8; `weight_decay` is a tree like `hess`."""
+
+    def precision(h, delta):
+        return _rules.precision(h, ess.astype(h.dtype), delta)
+
+    return Posterior(mean, jax.tree.map(precision, hess, weight_decay))
+
+
+def weight_decay_of(prior, ess):
+    r""":math:`\delta` of each array: the precision of its prior / ess."""
+    return jax.tree.map(lambda p: p / ess.astype(p.dtype), prior.precision)
+
+
+def over(params, prior):
+    """`prior` over the tree of `params`, in its shapes and sharding; never an alias."""
+    if not jax.tree.leaves(params):
+        return Posterior(params, params)  # such as optax's placeholder for parameters
+    prior = _boxed(prior, params)
+    mean = _checks.like("prior.mean", prior.mean, "`params`", params)
+    precision = validity.prior_precision(prior.precision, params)
+
+    def copy(param, x):
+        zeros = wide_full_like(param, 0.0)
+        return zeros + jnp.asarray(x, zeros.dtype)
+
+    copies = [jax.tree.map(copy, params, tree) for tree in (mean, precision)]
+    return Posterior(*copies)
+
+
+def _boxed(prior, params):
+    """`prior` with its arrays in the boxes of `params`, such as `flax.nnx.Param`."""
+    structure = jax.tree.structure(prior.mean)
+    try:
+        boxes = structure.flatten_up_to(params)
+        columns = [structure.flatten_up_to(tree) for tree in prior]
+    except ValueError:
+        return prior  # another tree, which the checks will tell
+
+    def put(box, x):
+        leaves, box = jax.tree.flatten(box, is_leaf=_checks.is_masked)
+        return box.unflatten([x]) if len(leaves) == 1 else x
+
+    return Posterior(*(structure.unflatten(map(put, boxes, xs)) for xs in columns))
+
+
+def joint(parts):
+    """One Gaussian of several over one tree, of which each has arrays of its own."""
+    if len(parts) == 1:
+        return parts[0]
+    structure = jax.tree.structure(parts[0].mean)
+    trees = [[structure.flatten_up_to(tree) for tree in q] for q in parts]
+    rows = zip(*(zip(*pair, strict=True) for pair in trees), strict=True)
+    owners = [next((x for x in row if x[1] is not None), row[0]) for row in rows]
+    return Posterior(*(structure.unflatten([x[i] for x in owners]) for i in (0, 1)))
+
+
+def beside(q, join, point_masses):
+    """`q` in a larger tree, ``join(tree, point_masses)``."""
+    nothing = jax.tree.map(lambda _: None, point_masses)
+    return Posterior(join(q.mean, point_masses), join(q.precision, nothing))
+
+
+def _map(fn, q, *rest, point_mass=lambda _: None):
     """Map `fn` over mean, precision and `rest`, `point_mass` over the other means."""
-    _checks.precision_like_mean(q)
 
     def leaf(mean, precision, *values):
         if precision is None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .. import _checks
@@ -65,7 +66,7 @@ class Mixture(NamedTuple):
     @property
     def stacked(self) -> Posterior:
         """All members as one Posterior, each array with a leading axis of M."""
-        _checks.members(self.posteriors, Posterior, Stacked)
+        _check_members(self.posteriors)
         if self._is_stacked:
             return Posterior(*self.posteriors)
         return jax.tree.map(_stack, *self.posteriors)
@@ -73,7 +74,7 @@ class Mixture(NamedTuple):
     @property
     def num_members(self) -> int:
         """M."""
-        _checks.members(self.posteriors, Posterior, Stacked)
+        _check_members(self.posteriors)
         if self._is_stacked:
             return jax.tree.leaves(self.posteriors)[0].shape[0]
         return len(self.posteriors)
@@ -85,7 +86,7 @@ class Mixture(NamedTuple):
           IndexError, TypeError: there is no such member; if `index` is traced, its
             arrays are NaN.
         """
-        index = _checks.member_index(index, self.num_members)
+        index = _index_of(index, self.num_members)
         if isinstance(index, int) and not self._is_stacked:
             return self.posteriors[index]
         return jax.tree.map(lambda x: row(x, index), self.stacked)
@@ -106,7 +107,7 @@ class Mixture(NamedTuple):
         """
         key, shape = _checks.random_key("key", key), _checks.shape("shape", shape)
         members = Mixture.from_stacked(self.stacked)  # once, not for every draw
-        _checks.precisions(members.stacked, positive=True)
+        members.stacked.validate(positive=True)
 
         def draw(key):
             member_key, noise_key = jax.random.split(key)
@@ -147,7 +148,7 @@ class Mixture(NamedTuple):
         0.000000
         """
         stacked = self.stacked
-        _checks.precisions(stacked)
+        stacked.validate()
         densities = jax.vmap(lambda q: q.log_prob(theta))(stacked)
         return jax.nn.logsumexp(densities) - math.log(self.num_members)
 
@@ -156,3 +157,56 @@ def _stack(*arrays):
     """The arrays of all members; in a wide dtype where they have several."""
     several = len({jnp.result_type(x) for x in arrays}) > 1
     return jnp.stack(wide(*arrays) if several else arrays)
+
+
+def _check_members(posteriors):
+    """Reject what is no mixture: nothing, several trees, or one that is not stacked."""
+    if isinstance(posteriors, (Posterior, Stacked)):
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(posteriors)]
+        lengths = {shape[:1] for shape in shapes}
+        if len(lengths) != 1 or lengths & {(), (0,)}:
+            raise ValueError(
+                "`posteriors` must have one leading axis of members in every array, "
+                f"got lengths {sorted(lengths)}. Of one posterior, pass a list."
+            )
+        if isinstance(posteriors, Posterior) and min(map(len, shapes)) < 2:
+            raise ValueError(
+                "`posteriors` must be a list, got one Posterior that may be single or "
+                f"stacked, with an array of shape {min(shapes, key=len)}. Pass "
+                "`Mixture([posterior])`, or `Mixture.from_stacked(posterior)` for "
+                "members along the first axes."
+            )
+        return
+    if not isinstance(posteriors, (list, tuple)):
+        raise TypeError(
+            "`posteriors` must be a list of posteriors, or a stacked one, got "
+            f"{type(posteriors).__name__}."
+        )
+    if not posteriors:
+        raise ValueError("`posteriors` must have at least one member, got none.")
+    for i, q in enumerate(posteriors):
+        if not isinstance(q, Posterior):
+            raise TypeError(
+                f"`posteriors[{i}]` must be a posterior, got {type(q).__name__}. Pass "
+                "`ivon_jax.posterior(params, opt_state)`."
+            )
+        _checks.like(f"posteriors[{i}]", q, "`posteriors[0]`", posteriors[0])
+
+
+def _index_of(index, count):
+    """Return an index of a member in 0..count - 1 where it is known."""
+    if isinstance(index, (int, np.integer)) and not isinstance(index, bool):
+        low = high = int(index)
+    elif getattr(index, "dtype", None) is not None and jnp.issubdtype(
+        index.dtype, jnp.integer
+    ):
+        index = jnp.asarray(index)
+        low, high = _checks.extremes(index) or (0, 0)
+    else:
+        raise TypeError(f"`index` must be an integer, got {index!r}.")
+    if not -count <= low <= high < count:
+        bad = low if low < -count else high
+        raise IndexError(f"`index` must be in {-count}..{count - 1}, got {bad}.")
+    if isinstance(index, jax.Array):
+        return jnp.where(index < 0, index + count, index)
+    return low % count

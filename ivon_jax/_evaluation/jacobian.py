@@ -17,7 +17,7 @@ import optax
 
 from .. import _checks
 from .._arrays import sharding
-from .._arrays.dtypes import wide_dtype
+from .._arrays.dtypes import wide, wide_dtype
 from .._distributions.gaussian import Posterior
 
 
@@ -28,20 +28,19 @@ class Outputs:
     mean: jax.Array  # (C,), or any other shape of C entries: f_i
     pull: Callable[[jax.Array], Any]  # J^T v, for v of that shape
     push: Callable[[Any], jax.Array]  # J t, for t like the trained parameters
-    variance: Any  # sigma^2, like the trained parameters
+    spread: Callable[[Any], Any]  # sigma^2 t
 
     def covariance_times(self, vector):
         """V v, for two passes through the model."""
-        return self.push(jax.tree.map(jnp.multiply, self.variance, self.pull(vector)))
+        return self.push(self.spread(self.pull(vector)))
 
     def covariance_diagonal(self):
         """The diagonal of V: an output after the other, a backward pass for each."""
 
         def variance(output):
             gradient = self.pull(self._one_hot(output))
-            terms = jax.tree.map(
-                lambda s, g: jnp.sum(s * g**2), self.variance, gradient
-            )
+            spread = self.spread(gradient)
+            terms = jax.tree.map(lambda s, g: jnp.sum(s * g), spread, gradient)
             return sum(jax.tree.leaves(terms), start=jnp.zeros([], self.mean.dtype))
 
         diagonal = jax.lax.map(variance, jnp.arange(self.mean.size))
@@ -70,27 +69,23 @@ def linearize(
     stay as they are: they need no derivative, and may have none. Everything else is in
     float32 or wider; `fn` gets the parameters in their own dtypes.
     """
-    mean, structure = jax.tree.flatten(q.mean)
-    precision = structure.flatten_up_to(q.precision)
-    trained = [i for i, p in enumerate(precision) if p is not None]
-    center = [jnp.asarray(mean[i]).astype(precision[i].dtype) for i in trained]
-    variance = [1.0 / precision[i] for i in trained]
+    means = jax.tree.map(jnp.asarray, q.mean)
+    center = jax.tree.map(lambda m, t: wide(m)[0] if t else None, means, q.trained)
 
     def of_example(example, *others):
         batch = jax.tree.map(lambda x: x[None], example)
-        means = [jnp.asarray(x) for x in mean]
-        at = sharding.alike(center, means, variance, example, others)
+        at = sharding.alike(center, q, example, others)
+
+        def parameters(mean, value):
+            return mean if value is None else value.astype(mean.dtype)
 
         def outputs(values):
-            leaves = list(mean)
-            for i, value in zip(trained, values, strict=True):
-                leaves[i] = value.astype(jnp.result_type(mean[i]))
-            [output] = fn(structure.unflatten(leaves), batch)
+            [output] = fn(jax.tree.map(parameters, means, values), batch)
             return sharding.whole(output.astype(wide_dtype(output)))
 
         output, push = jax.linearize(outputs, at)
         transpose = jax.linear_transpose(push, at)
-        return Outputs(output, lambda v: transpose(v)[0], push, variance)
+        return Outputs(output, lambda v: transpose(v)[0], push, q.covariance_times)
 
     return of_example
 

@@ -69,8 +69,8 @@ def evidence_lower_bound(
       (appendix A).
     """
     ess = _checks.positive("ess", ess)
-    _checks.gaussian("posterior", posterior, Posterior)
-    _checks.gaussian("prior", prior, Posterior)
+    _checks.distribution("posterior", posterior, "kl_divergence")
+    _checks.distribution("prior", prior, "kl_divergence")
 
     _checks.function("loss_fn", loss_fn)
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _checks, _rules
+from .. import _checks
 from .._arrays import compiled, sharding
+from .._arrays.dtypes import wide_dtype
 from .._arrays.loops import is_key, scan_mean, vmap_mean
-from .._distributions.gaussian import drawn, map_arrays, standard_normal
 from .estimate import Estimate
 from .posterior import posterior
 
@@ -212,7 +212,7 @@ def _with_aux(loss_fn, has_aux):
 
 def _draw(loss_fn, grad_transform, hess_estimator, compute_dtype, q, like, key, batch):
     """Loss, aux and estimate at one sample of one batch; no gradient of integers."""
-    theta = drawn(q, standard_normal(q, key), compute_dtype)
+    theta = q.perturb(q.noise(key), compute_dtype)
     if compute_dtype is None:
         theta = jax.tree.map(_in_dtype, theta, like)
     floating, join = _floating(theta)
@@ -228,7 +228,7 @@ def _draw(loss_fn, grad_transform, hess_estimator, compute_dtype, q, like, key, 
         case "reparameterization":
             hess = _reparameterization(q, key, theta, loss, grad)
         case "squared_gradient":
-            hess = _squared_gradient(q, grad)
+            hess = q.squared_gradient(grad)
         case "gauss_newton":
             hess = _gauss_newton(q, loss_fn, theta, batch)
     return loss, aux, Estimate(grad, hess)
@@ -269,40 +269,23 @@ def _transformed(grad_transform, grad, theta):
 
 
 def _reparameterization(q, key, theta, loss, grad):
-    """Eq. 3, without memory for the noise; None for point masses.
+    """Eq. 3, without memory for the noise.
 
     The backward pass keeps theta, so theta minus mean is free. A rounded theta doesn't
     tell; there the noise is drawn again from its key.
     """
 
-    def from_theta(mean, precision, grad, theta):
-        grad, mean = (x.astype(precision.dtype) for x in (grad, mean))
-        return _rules.hess_estimate(grad, theta - mean, precision)
+    def rounded(mean, theta, trained):
+        return trained and theta.dtype != wide_dtype(mean, theta)
 
-    def from_noise(_, precision, grad, noise):
-        grad = grad.astype(precision.dtype)
-        return _rules.hess_estimate_of_noise(grad, noise, precision)
-
-    if not any(jax.tree.leaves(map_arrays(_rounded, q, theta))):
-        return map_arrays(from_theta, q, grad, theta)
+    if not any(jax.tree.leaves(jax.tree.map(rounded, q.mean, theta, q.trained))):
+        return q.hess_estimate(grad, theta)
     # NaN anyway, where the key is another one: what counts is that this draw needs the
     # loss, or the compiler would keep the first one for it. The clones tell jax's
     # checker that the key is used a second time.
     key = jax.random.clone(key)
     key = jnp.where(jnp.isnan(loss), jax.random.fold_in(key, 0), key)
-    noise = standard_normal(q, jax.random.clone(key))
-    return map_arrays(from_noise, q, grad, noise)
-
-
-def _rounded(_, precision, theta):
-    return jnp.finfo(theta.dtype).bits < jnp.finfo(precision.dtype).bits
-
-
-def _squared_gradient(q, grad):
-    def square(_, precision, grad):
-        return _rules.squared_gradient(grad.astype(precision.dtype))
-
-    return map_arrays(square, q, grad)
+    return q.hess_estimate_of_noise(grad, q.noise(jax.random.clone(key)))
 
 
 def _gauss_newton(q, loss_fn, theta, batch):
@@ -315,7 +298,7 @@ def _gauss_newton(q, loss_fn, theta, batch):
         grad, _ = jax.grad(
             lambda floating: loss_fn(whole(floating), join(one_slice)), has_aux=True
         )(floating)
-        return _squared_gradient(q, grad)
+        return q.squared_gradient(grad)
 
     return vmap_mean(of_example, slices)
 
@@ -368,18 +351,17 @@ def _map_keys(fn, tree):
 
 
 def _per_device(q, index):
-    """`q` with means typed as differing between devices, as theta does by its noise.
+    """`q` with arrays typed as differing between devices, as theta does by its noise.
 
     `jax.shard_map` sums gradients over the devices where the parameter is the same on
     all.
     """
 
-    def vary(mean, precision):
-        if precision is not None or not _is_floating(mean):
-            return mean
-        return mean + jnp.zeros_like(index, jnp.result_type(mean))
+    def vary(x):
+        dtype = jnp.result_type(x)
+        return x + jnp.zeros_like(index, dtype) if _is_floating(x) else x
 
-    return q._replace(mean=jax.tree.map(vary, q.mean, q.precision))
+    return jax.tree.map(vary, q)
 
 
 def _mean_over_devices(tree, axis_name, dtype=None):

@@ -1,23 +1,12 @@
 """Read the Gaussian out of an optimizer state, wherever IVON sits in it."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _checks, _rules
-from .._distributions.gaussian import Posterior
-from .transform import IVONState, weight_decays
-
-
-class SampledState(NamedTuple):
-    """What `sampled` remembers: the trainer's parameters are the sample."""
-
-    count: jax.Array  # (), int32: t, steps taken; at 0 the parameters are the mean
-    key: jax.Array  # raw data of the random key, uint32; each draw folds in its count
-    mean: optax.Params  # shapes of params, float32 or wider: m
-    inner_state: optax.OptState  # of the transformation with IVON in it
+from .. import _checks
+from .._distributions.gaussian import Posterior, joint
+from .state import find_states, nodes
 
 
 def mean(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
@@ -46,14 +35,13 @@ def mean(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
       ValueError: `params` is not the tree that the state was made for, or a state.
     """
     _checks.params_before_state(find_states(params))
-    states = _nodes(opt_state, SampledState)
 
-    def owned(state):
-        _checks.like("params", params, "the optimizer's state", state.mean)
-        return _unmasked(state.mean, params)
+    def first(param, *means):
+        _one_owner(param, *(m is not None for m in means))
+        return next((m for m in means if m is not None), param)
 
-    means = jax.tree.map(_checks.one_owner, params, *map(owned, states))
-    return jax.tree.map(lambda p, m: p if m is None else m, params, means)
+    means = [state.mean_of(params) for state in nodes(opt_state, "mean_of")]
+    return jax.tree.map(first, params, *means)
 
 
 def posterior(params: optax.Params, opt_state: optax.OptState) -> Posterior:
@@ -84,8 +72,8 @@ def posterior(params: optax.Params, opt_state: optax.OptState) -> Posterior:
       ValueError: no IVON state is in `opt_state`, two own the same parameter, or
         `params` is not the tree that the state was made for.
     """
-    precision = _merged(params, opt_state, _precision)
-    return Posterior(mean(params, opt_state), precision)
+    params = mean(params, opt_state)
+    return _joint(params, opt_state, lambda state: state.posterior_of(params))
 
 
 def prior(params: optax.Params, opt_state: optax.OptState) -> Posterior:
@@ -114,9 +102,7 @@ def prior(params: optax.Params, opt_state: optax.OptState) -> Posterior:
       ValueError: as `posterior`.
     """
     params = mean(params, opt_state)
-    means = _merged(params, opt_state, _prior_mean)
-    means = jax.tree.map(lambda p, m: p if m is None else m, params, means)
-    return Posterior(means, _merged(params, opt_state, _prior_precision))
+    return _joint(params, opt_state, lambda state: state.prior_of(params))
 
 
 def sample(
@@ -149,73 +135,21 @@ def sample(
     return jax.tree.map(cast, theta, params)
 
 
-def find_states(opt_state: optax.OptState) -> list[IVONState]:
-    """Return every `IVONState` inside `opt_state`, found by type, however nested.
-
-    For monitoring: ``find_states(opt_state)[0].hess`` is `h`, a curvature per example.
-
-    >>> import ivon_jax
-    >>> tx = optax.chain(optax.clip_by_global_norm(1.0), ivon_jax.ivon(0.1, ess=1000))
-    >>> [state] = find_states(tx.init(jnp.zeros(2)))
-    >>> print(state.hess)
-    [1. 1.]
-    """
-    return _nodes(opt_state, IVONState)
-
-
-def _nodes(opt_state, cls):
-    """Every `cls` inside `opt_state`."""
-
-    def found(node):
-        return isinstance(node, cls)
-
-    return [x for x in jax.tree.leaves(opt_state, is_leaf=found) if found(x)]
-
-
-def _unmasked(tree, params):
-    """`tree` with None in the place of each parameter that it leaves out."""
-
-    def value(x, param):
-        return jax.tree.map(lambda _: None, param) if _checks.is_masked(x) else x
-
-    return jax.tree.map(value, tree, params, is_leaf=_checks.is_masked)
-
-
-def _merged(params, opt_state, values):
-    """The trees ``values(state)`` in one like `params`, None for a point mass."""
+def _joint(params, opt_state, read):
+    """What ``read(state)`` says of each array, from the one state that owns it."""
     _checks.params_before_state(find_states(params))
     states = find_states(opt_state)
     _checks.some_state(states, opt_state)
-
-    def owned(state):
-        _checks.one_state(state)
-        _checks.like("params", params, "the optimizer's state", state.hess)
-        return _unmasked(values(state), params)
-
-    return jax.tree.map(_checks.one_owner, params, *map(owned, states))
+    parts = [read(state) for state in states]
+    jax.tree.map(_one_owner, params, *(part.trained for part in parts))
+    return joint(parts)
 
 
-def _precision(state):
-    """Line 8 for each array."""
-
-    def precision(h, delta):
-        return _rules.precision(h, state.ess.astype(h.dtype), delta)
-
-    return jax.tree.map(precision, state.hess, weight_decays(state))
-
-
-def _prior_mean(state):
-    if state.prior is None:
-        return jax.tree.map(jnp.zeros_like, state.hess)
-    return state.prior.mean
-
-
-def _prior_precision(state):
-    if state.prior is not None:
-        return state.prior.precision
-
-    def precision(h):
-        ess, weight_decay = (x.astype(h.dtype) for x in (state.ess, state.weight_decay))
-        return jnp.full_like(h, ess * weight_decay)
-
-    return jax.tree.map(precision, state.hess)
+def _one_owner(param, *owns):
+    """Reject two states with a say on one parameter."""
+    if sum(owns) > 1:
+        raise ValueError(
+            f"`opt_state` must have one IVON state for each parameter, got "
+            f"{sum(owns)} for a parameter of shape {jnp.shape(param)}. Keep them "
+            "apart with `optax.partition`."
+        )

@@ -9,7 +9,8 @@ import optax
 from .. import _checks
 from .._arrays.dtypes import wide_dtype
 from .estimate import Estimate
-from .posterior import SampledState, find_states, posterior
+from .posterior import posterior
+from .state import SampledState, find_states
 
 
 class _Draw(NamedTuple):

@@ -7,26 +7,17 @@ import jax.numpy as jnp
 import optax
 
 from .. import _checks, _rules
-from .._arrays.dtypes import wide_dtype
+from .._arrays.dtypes import wide_full_like
+from .._distributions import gaussian
 from .._distributions.gaussian import Posterior
 from .estimate import Estimate
+from .state import IVONState, check_settings
 
 WEIGHT_DECAY = 1e-4
 # With h up to 1e15 the precision ess (h + weight_decay), and its inverse, are finite
 # in float32.
 ESS_RANGE = (1e-15, 1e18)
 HESS_RANGE = (1e-15, _rules.LARGEST_HESS)
-
-
-class IVONState(NamedTuple):
-    """What IVON remembers between steps; the mean is `params` itself."""
-
-    count: jax.Array  # (), int32: t, steps taken
-    ess: jax.Array  # (), default float dtype: lambda
-    weight_decay: jax.Array  # (), default float dtype: delta
-    momentum: optax.Updates  # shapes of params, float32 or wider: g
-    hess: optax.Updates  # shapes of params, float32 or wider: h > -delta, per example
-    prior: Posterior | None  # shapes of params, float32 or wider; None: weight_decay's
 
 
 class _Step(NamedTuple):
@@ -160,9 +151,11 @@ def ivon(
         _checks.arguments_in_order(learning_rate, ess)
     hess_init = _checks.bounded("hess_init", hess_init, *HESS_RANGE)
     weight_decay = _checks.bounded("weight_decay", weight_decay, 0.0, HESS_RANGE[1])
-    steps = [_preconditioner(ess, hess_init, b1, b2, weight_decay, prior)]
     if clip_radius is not None:
-        steps.append(optax.clip(_checks.positive("clip_radius", clip_radius)))
+        clip_radius = _checks.positive("clip_radius", clip_radius)
+    steps = [_preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius)]
+    if clip_radius is not None:
+        steps.append(optax.clip(clip_radius))
     if rescale_lr is None:
         rescale_lr = clip_radius is None
     if _checks.boolean("rescale_lr", rescale_lr):
@@ -172,36 +165,49 @@ def ivon(
     return _in_params_dtype(optax.chain(*steps))
 
 
-def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior):
+def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=None):
     """Algorithm 1 without its learning rate; directions are float32 or wider."""
     ess = _checks.bounded("ess", ess, *ESS_RANGE)
     hess_init = _checks.bounded("hess_init", hess_init, *HESS_RANGE)
     b1 = _checks.decay_rate("b1", b1)
     b2 = _checks.decay_rate("b2", b2)
     weight_decay = _checks.bounded("weight_decay", weight_decay, 0.0, HESS_RANGE[1])
-    _checks.one_prior(prior, Posterior, weight_decay, WEIGHT_DECAY)
+    _check_prior(prior, weight_decay)
+
+    settings = {
+        "ess": ess,
+        "weight_decay": weight_decay,
+        "b1": b1,
+        "one_minus_b2": 1.0 - b2,
+        "hess_init": hess_init,
+        "clip_radius": clip_radius,
+    }
+
+    def scalars(dtype):
+        """The settings of this step, which may be a schedule's; never an alias."""
+        return {
+            name: None if value is None else jnp.array(value, dtype)
+            for name, value in settings.items()
+        }
 
     def init(params):
         _checks.floating_leaves(params)
         return IVONState(
             count=jnp.zeros([], jnp.int32),
-            ess=jnp.array(ess, dtype=float),
-            weight_decay=jnp.array(weight_decay, dtype=float),
-            momentum=jax.tree.map(lambda p: _accumulator(p, 0.0), params),
-            hess=jax.tree.map(lambda p: _accumulator(p, hess_init), params),
-            prior=None if prior is None else _prior_of(prior, params),
+            momentum=jax.tree.map(lambda p: wide_full_like(p, 0.0), params),
+            hess=jax.tree.map(lambda p: wide_full_like(p, hess_init), params),
+            prior=None if prior is None else gaussian.over(params, prior),
+            **scalars(float),
         )
 
     def update(grads, state, params=None, *, sample=None, hess=None, **extra_args):
         at_mean = extra_args.get("at_mean")  # of `sampled` alone
         _checks.same_kind_of_prior(prior, state)
+        check_settings(state)
+        _check_clip(state, clip_radius)
         estimate = _estimate(grads, state, params, sample, hess, at_mean)
         count = optax.safe_increment(state.count)
-        state = state._replace(
-            count=count,
-            ess=jnp.array(ess, state.ess.dtype),
-            weight_decay=jnp.array(weight_decay, state.weight_decay.dtype),
-        )
+        state = state._replace(count=count, **scalars(state.ess.dtype))
         distance = params if state.prior is None else _distance(params, state.prior)
 
         def step(h, g, delta, mean, grad, hess_hat):
@@ -218,55 +224,13 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior):
             g_bar = _rules.debiased(g, b1_, t)
             return _Step(_rules.direction(g_bar, mean, h, delta), g, h)
 
-        trees = (state.momentum, weight_decays(state), distance, *estimate)
+        trees = (state.momentum, state.weight_decays, distance, *estimate)
         steps = jax.tree.map(step, state.hess, *trees)
         momentum, hess = _field("momentum", steps), _field("hess", steps)
         state = state._replace(momentum=momentum, hess=hess)
         return _field("direction", steps), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def weight_decays(state: IVONState) -> optax.Params:
-    r"""Return :math:`\delta` for each array: the precision of its prior / ess."""
-    if state.prior is None:
-        return jax.tree.map(lambda h: state.weight_decay.astype(h.dtype), state.hess)
-    return jax.tree.map(
-        lambda precision: precision / state.ess.astype(precision.dtype),
-        state.prior.precision,
-    )
-
-
-def _prior_of(prior, params):
-    """The prior of what `params` owns, in its shapes and sharding; never an alias."""
-    if not jax.tree.leaves(params):
-        return Posterior(params, params)  # such as optax's placeholder for parameters
-    prior = _boxed(prior, params)
-    mean = _checks.like("prior.mean", prior.mean, "`params`", params)
-    precision = _checks.prior_precision(prior.precision, params)
-
-    def copy(param, x):
-        zeros = _accumulator(param, 0.0)
-        return zeros + jnp.asarray(x, zeros.dtype)
-
-    copies = [jax.tree.map(copy, params, tree) for tree in (mean, precision)]
-    return Posterior(*copies)
-
-
-def _boxed(prior, params):
-    """`prior` with its arrays in the boxes of `params`, such as `flax.nnx.Param`."""
-    structure = jax.tree.structure(prior.mean)
-    try:
-        boxes = structure.flatten_up_to(params)
-        columns = [structure.flatten_up_to(tree) for tree in prior]
-    except ValueError:
-        return prior  # another tree, which the checks will tell
-
-    def put(box, x):
-        leaves, box = jax.tree.flatten(box, is_leaf=_checks.is_masked)
-        return box.unflatten([x]) if len(leaves) == 1 else x
-
-    return Posterior(*(structure.unflatten(map(put, boxes, xs)) for xs in columns))
 
 
 def _distance(params, prior):
@@ -284,24 +248,11 @@ def _estimate(grads, state, params, sample, hess, at_mean=None):
     if sample is not None:
         sample = _checks.like("sample", sample, "`params`", params)
         _checks.a_draw(sample, params)
-        hess = _hess_estimate(grads, sample, params, state)
+        hess = state.posterior_of(params).hess_estimate(grads, sample)
         if at_mean is not None:  # a gradient there tells nothing of h: it stays
             hess = jax.tree.map(lambda *x: jnp.where(at_mean, *x), state.hess, hess)
         return grads, hess
     return grads, _checks.like("hess", hess, "`params`", params)
-
-
-def _hess_estimate(grads, sample, params, state):
-    """Line 3, with the sigma that `sample` was drawn with: that of `state`."""
-
-    def estimate(h, delta, mean, grad, theta):
-        values = (mean, grad, theta, state.ess)
-        mean, grad, theta, ess = _cast(h.dtype, *values)
-        sigma_inv2 = _rules.precision(h, ess, delta)
-        return _rules.hess_estimate(grad, theta - mean, sigma_inv2)
-
-    trees = (weight_decays(state), params, grads, sample)
-    return jax.tree.map(estimate, state.hess, *trees)
 
 
 def _in_params_dtype(tx):
@@ -315,22 +266,6 @@ def _in_params_dtype(tx):
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _accumulator(param, value):
-    """An array of `value` like `param`, in float32 or wider.
-
-    bfloat16 has 8 bits of precision: the Hessian could not move by 1e-5 of itself.
-    """
-    dtype = wide_dtype(param)
-    # Of a scalar, `full_like` would return `value` itself, which may be the caller's.
-    value = jnp.array(value, dtype)
-    full = jnp.full_like(param, value, dtype=dtype)
-    if not isinstance(param, jax.core.Tracer):
-        return full
-    # The same value, but one that follows from `param`: otherwise the compiler of a
-    # jitted `init` would not shard it alike.
-    return jnp.where(param == param, full, full)
-
-
 def _cast(dtype, *values):
     """Cast arrays to `dtype`; Python floats stay, so that ``1 - b2`` is exact."""
     return [v if isinstance(v, float) else jnp.asarray(v, dtype) for v in values]
@@ -341,3 +276,31 @@ def _field(name, steps):
     return jax.tree.map(
         lambda step: getattr(step, name), steps, is_leaf=lambda x: isinstance(x, _Step)
     )
+
+
+def _check_prior(prior, weight_decay):
+    """Reject a prior that is no Gaussian, or two priors."""
+    if prior is None:
+        return
+    if not isinstance(prior, Posterior):
+        raise TypeError(
+            f"`prior` must be a Posterior, got {type(prior).__name__}. Pass "
+            "`ivon_jax.posterior(params, opt_state)`, or around weights "
+            "`ivon_jax.Posterior.isotropic(weights, ess * weight_decay)`."
+        )
+    if isinstance(weight_decay, float) and weight_decay != WEIGHT_DECAY:
+        raise ValueError(
+            f"`weight_decay` must be left out where `prior` is given, got "
+            f"{weight_decay}. To narrow the prior, use `prior.tempered(temperature)`."
+        )
+
+
+def _check_clip(state, clip_radius):
+    """Reject a state that was made with the other kind of clip."""
+    if (clip_radius is None) != (state.clip_radius is None):
+        made, now = ("without", "a") if state.clip_radius is None else ("with", "no")
+        raise ValueError(
+            f"`clip_radius` must be what the state was made with: it was made {made} "
+            f"one, and `ivon` now has {now} `clip_radius`. Call `tx.init(params)`, or "
+            "`state._replace(clip_radius=...)`."
+        )

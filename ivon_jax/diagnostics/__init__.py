@@ -70,8 +70,8 @@ import optax
 
 from .. import _checks
 from .._arrays import compiled
-from .._distributions.gaussian import divergence
-from .._optimizer.posterior import find_states, mean, posterior, prior
+from .._optimizer.posterior import mean, posterior, prior
+from .._optimizer.state import find_states
 from . import _measure
 
 DIVERGED = (
@@ -203,9 +203,9 @@ def measure(
     params: optax.Params,
     opt_state: optax.OptState,
     *,
-    hess_init: jax.typing.ArrayLike = 1.0,
-    b2: jax.typing.ArrayLike = 0.99999,
-    b1: jax.typing.ArrayLike = 0.9,
+    hess_init: jax.typing.ArrayLike | None = None,
+    b2: jax.typing.ArrayLike | None = None,
+    b1: jax.typing.ArrayLike | None = None,
     clip_radius: jax.typing.ArrayLike | None = None,
     num_steps: int | None = None,
     loss_fn: Callable[[optax.Params], jax.Array] | None = None,
@@ -221,19 +221,20 @@ def measure(
     >>> import ivon_jax
     >>> params = jnp.ones(8)
     >>> opt_state = ivon_jax.ivon(0.1, ess=100, hess_init=0.9).init(params)
-    >>> numbers = measure(params, opt_state, hess_init=0.9, b2=0.99999)
+    >>> numbers = measure(params, opt_state)
     >>> print(numbers["num_params"], numbers["hess_median"])
     8.0 0.9
 
     Args:
       params: the posterior mean, or a sample where `sampled` made it one.
-      opt_state: any optax state with IVON in it. If it has several that differ in what
-        follows, pass them one by one: ``opt_state.inner_states["label"]``.
-      hess_init: as given to `ivon`, as are `b2`, `b1` and `clip_radius`: the state
-        doesn't tell. The defaults are those of `ivon`.
+      opt_state: any optax state with IVON in it. Of several IVON states, each is
+        measured with its own settings. A state of another optimizer gives the numbers
+        that it has the fields of `ivon_jax.IVONState` for.
+      hess_init: what to measure with in the place of the state's own, as with `b2`,
+        `b1` and `clip_radius`. None takes what was given to `ivon`.
       b2: see `hess_init`.
       b1: see `hess_init`.
-      clip_radius: None leaves out ``clipped``.
+      clip_radius: see `hess_init`. Where there is none, ``clipped`` is left out.
       num_steps: T, the length of the whole run; None takes the steps until now.
       loss_fn: ``loss_fn(theta)``, the mean loss per example of some batch, a scalar;
         None leaves out what needs it.
@@ -244,13 +245,9 @@ def measure(
       TypeError, ValueError: an argument is of the wrong kind or out of range, or there
         is no IVON state, or nothing that it trains.
     """
-    hess_init = _number(_checks.positive("hess_init", hess_init))
-    b2 = _number(_checks.decay_rate("b2", b2))
+    given = _settings(hess_init, b2, b1, clip_radius)
     if num_steps is not None:
         _checks.integer_between("num_steps", num_steps, 1)
-    if clip_radius is not None:
-        b1 = _number(_checks.decay_rate("b1", b1))
-        clip_radius = _number(_checks.positive("clip_radius", clip_radius))
     if loss_fn is not None:
         _checks.function("loss_fn", loss_fn)
         _checks.integer_between("num_samples", num_samples, 2)
@@ -261,20 +258,40 @@ def measure(
         params = mean(params, opt_state)
         q, p = posterior(params, opt_state), prior(params, opt_state)
         states = find_states(opt_state)
-        arrays = [x for s in states for x in _measure.trained_arrays(params, s)]
-        _checks.some_entries(arrays)
-        numbers = _measure.of_weights(arrays) | {"kl_divergence": divergence(q, p)}
-        numbers |= _measure.of_hess(arrays, hess_init, b2, num_steps)
-        if clip_radius is not None:
-            numbers["clipped"] = _measure.clipped_share(arrays, b1, clip_radius)
+        groups = [_measure.group(params, state, given) for state in states]
+        groups = [g for g in groups if g.arrays]
+        _check_some_entries(groups)
+        numbers = _measure.of_weights(groups) | {"kl_divergence": q.kl_divergence(p)}
+        if all(g.hess_init is not None for g in groups):
+            numbers |= _measure.of_hess(groups, num_steps)
+        if all(g.clip_radius is not None for g in groups):
+            numbers["clipped"] = _measure.clipped_share(groups)
         if loss_fn is not None:
             keys = jax.random.split(key, num_samples)
-            numbers |= _measure.of_loss(arrays, params, opt_state, b2, loss_fn, keys)
+            numbers |= _measure.of_loss(groups, params, opt_state, loss_fn, keys)
         return {name: jnp.asarray(value, float) for name, value in numbers.items()}
 
     return compiled.call(run, params, opt_state, key, of=loss_fn or measure)
 
 
-def _number(value):
-    """A checked number in the default float dtype; a Python float stays exact."""
-    return value if isinstance(value, float) else value.astype(float)
+def _settings(hess_init, b2, b1, clip_radius):
+    """The settings that are given, by their names in a state."""
+    given = {}
+    if hess_init is not None:
+        given["hess_init"] = _checks.positive("hess_init", hess_init)
+    if b2 is not None:
+        given["one_minus_b2"] = 1.0 - _checks.decay_rate("b2", b2)
+    if b1 is not None:
+        given["b1"] = _checks.decay_rate("b1", b1)
+    if clip_radius is not None:
+        given["clip_radius"] = _checks.positive("clip_radius", clip_radius)
+    return given
+
+
+def _check_some_entries(groups):
+    """Reject parameters of which IVON trains none."""
+    if not groups:
+        raise ValueError(
+            "`params` must have an entry that IVON trains, got none: its arrays are "
+            "empty, or all left out with `optax.masked`."
+        )

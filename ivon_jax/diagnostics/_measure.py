@@ -1,4 +1,4 @@
-"""The numbers that `diagnostics` explains, from the arrays that IVON trains."""
+"""The numbers that `diagnostics` explains, from the arrays that are trained."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,9 @@ from .. import _checks, _rules
 from .._arrays import ranks
 from .._arrays.loops import scan_mean
 from .._optimizer.gradients import value_and_grad
-from .._optimizer.posterior import find_states, posterior, prior
+from .._optimizer.state import check_settings, find_states
+
+SETTINGS = "b1", "one_minus_b2", "hess_init", "clip_radius"
 
 
 class Trained(NamedTuple):
@@ -18,166 +20,234 @@ class Trained(NamedTuple):
 
     mean: jax.Array  # m
     shift: jax.Array  # m - m_0
-    momentum: jax.Array  # g
-    hess: jax.Array  # h
-    scale: jax.Array  # h + delta, from the posterior's precision
-    delta: jax.Array  # from the prior's precision
+    variance: jax.Array  # sigma^2
+    delta: jax.Array  # from the prior's variance
     ess: jax.Array  # (), lambda
     count: jax.Array  # (), t
+    momentum: jax.Array | None  # g, if the optimizer has one, as h
+    hess: jax.Array | None  # h
     spacings: tuple[float, float]  # of the dtypes of m and h
 
     @property
-    def variance(self):
-        return 1.0 / (self.ess * self.scale)
+    def curvature(self):
+        """1 / (h + delta)."""
+        return self.ess * self.variance
 
 
-def trained_arrays(params, state):
-    """What one state trains."""
-    q, p = posterior(params, state), prior(params, state)
+class Group(NamedTuple):
+    """What one state trains, and how; None for a setting that it doesn't have."""
+
+    arrays: list[Trained]
+    b1: jax.Array | None
+    one_minus_b2: jax.Array | None
+    hess_init: jax.Array | None
+    clip_radius: jax.Array | None
+
+    @property
+    def size(self):
+        return _size(self.arrays)
+
+    @property
+    def log_b2(self):
+        return jnp.maximum(jnp.log1p(-self.one_minus_b2), math.log(1e-37))
+
+    @property
+    def count(self):
+        return jnp.min(jnp.stack([x.count for x in self.arrays]))
+
+    @property
+    def learned_share(self):
+        """1 - b2**t: how much of h is not `hess_init`."""
+        return -jnp.expm1(jnp.maximum(self.count, 1.0) * self.log_b2)
+
+
+def group(params, state, given):
+    """What `state` trains; settings that are `given` are not the state's."""
+    check_settings(state)
+    q, p = state.posterior_of(params), state.prior_of(params)
     ess, count = (x.astype(float) for x in (state.ess, state.count))
 
-    def array(m, m_0, g, h, s, s_0):
-        spacings = tuple(float(jnp.finfo(jnp.result_type(x)).eps) for x in (m, h))
-        m, m_0, g, h, s, s_0 = (jnp.asarray(x, float) for x in (m, m_0, g, h, s, s_0))
-        return Trained(m, m - m_0, g, h, s / ess, s_0 / ess, ess, count, spacings)
+    def array(*values):
+        m, m_0, variance, prior_variance, momentum, hess = map(_as_float, values)
+        delta = 1.0 / (ess * prior_variance)
+        spacings = _spacing(values[0]), _spacing(values[-1])
+        learned = momentum, hess, spacings
+        return Trained(m, m - m_0, variance, delta, ess, count, *learned)
 
-    means = (_trained(tree, q.precision) for tree in (q.mean, p.mean))
-    others = (state.momentum, state.hess, q.precision, p.precision)
-    return list(map(array, *means, *map(jax.tree.leaves, others)))
+    trees = [_kept(x, q.trained) for x in (q.mean, p.mean, q.variance, p.variance)]
+    for name in ("momentum", "hess"):
+        learned = jax.tree.leaves(getattr(state, name, None))
+        trees.append(learned or [None] * len(trees[0]))
+    arrays = [array(*x) for x in zip(*trees, strict=True) if jnp.size(x[0])]
+    settings = (given.get(name, getattr(state, name, None)) for name in SETTINGS)
+    return Group(arrays, *map(_as_float, settings))
 
 
-def _trained(tree, precision):
-    """The arrays of `tree` that have a precision."""
-    kept = jax.tree.map(lambda x, s: None if s is None else x, tree, precision)
+def _as_float(value):
+    """In the default float dtype; None stays None."""
+    return None if value is None else jnp.asarray(value, float)
+
+
+def _spacing(value):
+    """The spacing of numbers around one in the dtype of `value`, 0 without any."""
+    return 0.0 if value is None else float(jnp.finfo(jnp.result_type(value)).eps)
+
+
+def _kept(tree, trained):
+    """The arrays of `tree` that are trained."""
+    kept = jax.tree.map(lambda t, x: x if t else None, trained, tree)
     return jax.tree.leaves(kept)
 
 
-def of_weights(arrays):
-    """What needs no setting that the state doesn't keep."""
+def of_weights(groups):
+    """What any optimizer with a posterior has."""
+    arrays = [x for g in groups for x in g.arrays]
     size = _size(arrays)
-    finite = [jnp.isfinite(v) for x in arrays for v in (x.mean, x.hess, x.momentum)]
+    learned = [v for x in arrays for v in (x.mean, x.hess, x.momentum) if v is not None]
     noise = _total([x.variance for x in arrays])
     weights = _total([x.mean**2 for x in arrays])
     lost = [x.variance < (x.spacings[0] * x.mean) ** 2 for x in arrays]
-    gamma = _total([jnp.maximum(x.hess, 0.0) / x.scale for x in arrays])
     return {
         "count": jnp.min(jnp.stack([x.count for x in arrays])),
         "ess": sum(x.ess * float(x.mean.size) for x in arrays) / size,
         "weight_decay": _total([x.delta for x in arrays]) / size,
         "num_params": size,
-        "non_finite": _total([~x for x in finite]) / (3 * size),
+        "non_finite": _total([~jnp.isfinite(v) for v in learned]) / _entries(learned),
         "noise_to_weight": jnp.sqrt(noise / weights),
         "rounded": _total(lost) / size,
+    }
+
+
+def of_hess(groups, num_steps):
+    """Where h is, and how much of it is still `hess_init`."""
+    arrays = [x for g in groups for x in g.arrays]
+    pairs = [(x.hess, g.hess_init) for g in groups for x in g.arrays]
+    hess = [x.hess for x in arrays]
+    size = _size(arrays)
+
+    def mean_of_entries(value):
+        return sum(g.size * value(g) for g in groups) / size
+
+    def steps(g):
+        return g.count if num_steps is None else num_steps
+
+    def target(g):
+        # The mean way of h from hess_init, in which nothing cancels.
+        way = _total([x.hess - g.hess_init for x in g.arrays]) / g.size
+        return g.hess_init + way / g.learned_share
+
+    lowest, highest = _range(hess)
+    gamma = _total([jnp.maximum(x.hess, 0.0) * x.curvature for x in arrays])
+    rounding = [x.spacings[1] / g.one_minus_b2 for g in groups for x in g.arrays]
+    peaks = [jnp.max(h, initial=-jnp.inf) / h_0 for h, h_0 in pairs]
+    return {
+        "hess_median": ranks.lower_median(hess),
+        "hess_min": lowest,
+        "hess_max": highest,
+        "hess_peak": jnp.max(jnp.stack(peaks)),
+        "hess_negative": _total([h <= 0 for h in hess]) / size,
+        "hess_memory": mean_of_entries(lambda g: jnp.exp(steps(g) * g.log_b2)),
+        "hess_half_life": mean_of_entries(lambda g: -math.log(2.0) / g.log_b2),
+        "hess_drift": ranks.lower_median([jnp.abs(h - h_0) / h_0 for h, h_0 in pairs]),
+        "hess_target": mean_of_entries(target),
+        "hess_decayed": sum(map(_decayed, groups)) / size,
+        "hess_rounding": jnp.max(jnp.stack(rounding)),
         "effective_params": gamma,
         "effective_share": gamma / size,
     }
 
 
-def of_hess(arrays, hess_init, b2, num_steps):
-    """Where h is, and how much of it is still `hess_init`."""
-    hess = [x.hess for x in arrays]
-    size = _size(arrays)
-    count = jnp.min(jnp.stack([x.count for x in arrays]))
-    if isinstance(b2, float):
-        log_b2 = math.log(max(b2, 1e-37))  # in float32, 0.999999 is 1 % off
-    else:
-        log_b2 = jnp.log(jnp.maximum(b2, 1e-37))
-    steps = count if num_steps is None else num_steps
-    drift = [jnp.abs(h - hess_init) / hess_init for h in hess]
-    # 1 - b2**t, and the mean way of h from hess_init, in which nothing cancels.
-    share = -jnp.expm1(jnp.maximum(count, 1.0) * log_b2)
-    way = _total([h - hess_init for h in hess]) / size
-    lowest, highest = _range(hess)
-    median = ranks.lower_median(hess)
-    return {
-        "hess_median": median,
-        "hess_min": lowest,
-        "hess_max": highest,
-        "hess_peak": highest / hess_init,
-        "hess_negative": _total([h <= 0 for h in hess]) / size,
-        "hess_memory": jnp.exp(steps * log_b2),
-        "hess_half_life": -math.log(2.0) / log_b2,
-        "hess_drift": ranks.lower_median(drift),
-        "hess_target": hess_init + way / share,
-        "hess_decayed": _decayed(hess, median, hess_init, b2, share) / size,
-        "hess_rounding": max(x.spacings[1] for x in arrays) / (1.0 - b2),
-    }
-
-
-def _decayed(hess, median, hess_init, b2, share):
+def _decayed(group):
     """How many entries are where estimates of zero alone would have left them."""
+    hess, hess_init = [x.hess for x in group.arrays], group.hess_init
+    share = group.learned_share
+    median = ranks.lower_median(hess)
     # The correction of line 5 makes the decay a little slower than b2**t.
     target = (median - hess_init) / share + hess_init
-    bare = (share > 0.01) & (jnp.abs(target) < (1.01 - b2) * hess_init)
+    limit = (0.01 + group.one_minus_b2) * hess_init
+    bare = (share > 0.01) & (jnp.abs(target) < limit)
     spacing = 2.0 * float(jnp.finfo(jnp.float32).eps)
     alike = _total([jnp.abs(h - median) <= spacing * median for h in hess])
     return jnp.where(bare, alike, 0.0)
 
 
-def clipped_share(arrays, b1, clip_radius):
+def clipped_share(groups):
     """The share of the last direction that was clipped."""
 
-    def clipped(x):
-        momentum = _rules.debiased(x.momentum, b1, jnp.maximum(x.count, 1.0))
+    def clipped(g, x):
+        momentum = _rules.debiased(x.momentum, g.b1, jnp.maximum(x.count, 1.0))
         direction = _rules.direction(momentum, x.shift, x.hess, x.delta)
-        return jnp.abs(direction) > clip_radius
+        return jnp.abs(direction) > g.clip_radius
 
-    return _total(map(clipped, arrays)) / _size(arrays)
+    arrays = [clipped(g, x) for g in groups for x in g.arrays]
+    return _total(arrays) / _entries(arrays)
 
 
-def of_loss(arrays, params, opt_state, b2, loss_fn, keys):
+def of_loss(groups, params, opt_state, loss_fn, keys):
     """What takes samples."""
+    arrays = [x for g in groups for x in g.arrays]
     size, count = _size(arrays), len(keys)
+    has_hess = all(x.hess is not None for x in arrays)
 
     def loss(theta):
         return _checks.one_loss(loss_fn(theta))
 
+    def corrections(hess_hats):
+        hess_hats = iter(hess_hats)
+        terms = [
+            0.5 * g.one_minus_b2 * jnp.abs(next(hess_hats) - x.hess) * x.curvature
+            for g in groups
+            for x in g.arrays
+        ]
+        return ranks.lower_median(terms), _total(terms) / size
+
     def at_sample(key):
         value, estimate = value_and_grad(loss)(key, params, opt_state)
         grads, hess_hats = _split(estimate, params, opt_state)
-        terms = [
-            0.5 * (1.0 - b2) * jnp.abs(hess_hat - x.hess) / x.scale
-            for hess_hat, x in zip(hess_hats, arrays, strict=True)
-        ]
         norm2 = _total([g**2 for g in grads])
-        return (
-            value.astype(float),
-            grads,
-            norm2,
-            ranks.lower_median(terms),
-            _total(terms) / size,
-        )
+        terms = corrections(hess_hats) if has_hess else None
+        return value.astype(float), grads, norm2, terms
 
-    loss_at_samples, grads, norm2, median, mean = scan_mean(at_sample, keys)
+    loss_at_samples, grads, norm2, terms = scan_mean(at_sample, keys)
     loss_at_mean = jnp.asarray(loss(params), float)
     norm2_of_mean = _total([g**2 for g in grads])
     variance = (norm2 - norm2_of_mean) * count / (count - 1)
     signal = jnp.maximum(norm2_of_mean - variance / count, 0.0)
-    return {
+    numbers = {
         "loss_at_mean": loss_at_mean,
         "loss_at_samples": loss_at_samples,
         "loss_gap": loss_at_samples - loss_at_mean,
-        "expected_gap": 0.5 * _total([x.variance * x.hess for x in arrays]),
         "gradient_snr": signal / jnp.maximum(variance, jnp.finfo(signal.dtype).tiny),
         "zero_gradients": _total([g == 0 for g in grads]) / size,
+    }
+    if not has_hess:
+        return numbers
+    median, mean = terms
+    step = sum(g.size * g.one_minus_b2 for g in groups) / size
+    return numbers | {
+        "expected_gap": 0.5 * _total([x.variance * x.hess for x in arrays]),
         "correction_median": median,
         "correction_mean": mean,
-        "hess_noise": median * jnp.sqrt(2.0 / (1.0 - b2)),
+        "hess_noise": median * jnp.sqrt(2.0 / step),
     }
 
 
 def _split(estimate, params, opt_state):
-    """Gradients and Hessian estimates, in the order of `trained_arrays`."""
-    precisions = [posterior(params, s).precision for s in find_states(opt_state)]
+    """Gradients and Hessian estimates, in the order of the groups' arrays."""
+    trained = [state.posterior_of(params).trained for state in find_states(opt_state)]
     return [
-        [x.astype(float) for s in precisions for x in _trained(tree, s)]
+        [x.astype(float) for t in trained for x in _kept(tree, t) if x.size]
         for tree in estimate
     ]
 
 
 def _size(arrays):
     """P as a float: int32 ends at 2^31."""
-    return float(sum(x.mean.size for x in arrays))
+    return _entries([x.mean for x in arrays])
+
+
+def _entries(arrays):
+    return float(sum(x.size for x in arrays))
 
 
 def _total(arrays):

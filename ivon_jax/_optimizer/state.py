@@ -1,0 +1,131 @@
+r"""What an optimizer remembers, and what it says of the weights' distribution.
+
+A state with a posterior has two methods, by which all others find and read it, wherever
+it sits in an optax state:
+
+* ``posterior_of(params)``: the distribution over `params` that it has learned,
+* ``prior_of(params)``: the one that it regularises towards.
+
+What it does not own, such as what `optax.masked` left out, is a point mass in both. A
+state around it that holds the mean itself has ``mean_of(params)``. `diagnostics` also
+reads the fields of `IVONState`, where a state has them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import _checks
+from .._distributions import gaussian
+from .._distributions.gaussian import Posterior
+
+
+class IVONState(NamedTuple):
+    """What IVON remembers between steps; the mean is `params` itself."""
+
+    count: jax.Array  # (), int32: t, steps taken
+    ess: jax.Array  # (), default float dtype: lambda
+    weight_decay: jax.Array  # (), default float dtype: delta
+    momentum: optax.Updates  # shapes of params, float32 or wider: g
+    hess: optax.Updates  # shapes of params, float32 or wider: h > -delta, per example
+    prior: Posterior | None  # shapes of params, float32 or wider; None: weight_decay's
+    b1: jax.Array | None = None  # (), default float dtype, as the next three: beta_1
+    one_minus_b2: jax.Array | None = None  # 1 - beta_2, which float32 holds exactly
+    hess_init: jax.Array | None = None  # h_0
+    clip_radius: jax.Array | None = None  # xi; None: no clip
+
+    @property
+    def weight_decays(self) -> optax.Params:
+        r""":math:`\delta` for each array: the precision of its prior / ess."""
+        if self.prior is not None:
+            return gaussian.weight_decay_of(self.prior, self.ess)
+        return jax.tree.map(lambda h: self.weight_decay.astype(h.dtype), self.hess)
+
+    def posterior_of(self, params: optax.Params) -> Posterior:
+        r"""Return :math:`N(m, 1 / \lambda (h + \delta))`, `params` for its mean."""
+        self._check(params)
+        q = gaussian.of_curvature(params, self.hess, self.ess, self.weight_decays)
+        return q._replace(precision=owned(q.precision, params))
+
+    def prior_of(self, params: optax.Params) -> Posterior:
+        r"""Return `prior`, or :math:`N(0, 1 / \lambda\delta)`."""
+        self._check(params)
+        p = self.prior
+        if p is None:
+            zeros = jax.tree.map(jnp.zeros_like, self.hess)
+            decays = jax.tree.map(
+                lambda h: jnp.full_like(h, self.weight_decay.astype(h.dtype)), self.hess
+            )
+            p = gaussian.of_curvature(zeros, zeros, self.ess, decays)
+        means = owned(p.mean, params)
+        means = jax.tree.map(lambda p, m: p if m is None else m, params, means)
+        return Posterior(means, owned(p.precision, params))
+
+    def _check(self, params):
+        """Reject a batch of states, and parameters that are not its own."""
+        if jnp.shape(self.ess):
+            raise ValueError(
+                "`opt_state` must be one state, got a batch of shape "
+                f"{jnp.shape(self.ess)}. Call under `jax.vmap`."
+            )
+        _checks.like("params", params, "the optimizer's state", self.hess)
+
+
+class SampledState(NamedTuple):
+    """What `sampled` remembers: the trainer's parameters are the sample."""
+
+    count: jax.Array  # (), int32: t, steps taken; at 0 the parameters are the mean
+    key: jax.Array  # raw data of the random key, uint32; each draw folds in its count
+    mean: optax.Params  # shapes of params, float32 or wider: m
+    inner_state: optax.OptState  # of the transformation with IVON in it
+
+    def mean_of(self, params: optax.Params) -> optax.Params:
+        """Return the mean of what it owns, None for the rest of `params`."""
+        _checks.like("params", params, "the optimizer's state", self.mean)
+        return owned(self.mean, params)
+
+
+def check_settings(state):
+    """Reject a state of IVON without settings."""
+    if getattr(state, "hess_init", 0.0) is None:
+        raise ValueError(
+            "`opt_state` must hold the settings of `ivon` since version 0.2, got an "
+            "`IVONState` without `hess_init`, of an older checkpoint. Make a new one, "
+            "and copy what it learned: `tx.init(params)._replace(count=old.count, "
+            "momentum=old.momentum, hess=old.hess)`. See docs/saving.md."
+        )
+
+
+def owned(tree, params):
+    """`tree` with None in the place of each parameter that it leaves out."""
+
+    def value(x, param):
+        return jax.tree.map(lambda _: None, param) if _checks.is_masked(x) else x
+
+    return jax.tree.map(value, tree, params, is_leaf=_checks.is_masked)
+
+
+def nodes(opt_state, method):
+    """Everything inside `opt_state` that has this method."""
+
+    def found(node):
+        return hasattr(type(node), method)
+
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=found) if found(x)]
+
+
+def find_states(opt_state: optax.OptState) -> list[IVONState]:
+    """Return every `IVONState` inside `opt_state`, however nested.
+
+    For monitoring: ``find_states(opt_state)[0].hess`` is `h`, a curvature per example.
+    States of other optimizers with a posterior are among them.
+
+    >>> import ivon_jax
+    >>> tx = optax.chain(optax.clip_by_global_norm(1.0), ivon_jax.ivon(0.1, ess=1000))
+    >>> [state] = find_states(tx.init(jnp.zeros(2)))
+    >>> print(state.hess)
+    [1. 1.]
+    """
+    return nodes(opt_state, "posterior_of")
