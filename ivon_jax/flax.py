@@ -10,7 +10,8 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
 from . import _checks
-from ._distributions.gaussian import Posterior, beside
+from ._distributions.gaussian import Posterior
+from ._distributions.parts import beside
 from ._optimizer import gradients, posterior as readers
 from ._optimizer.estimate import Estimate, with_extra_args
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from .. import _checks, _rules
-from .._arrays.dtypes import wide, wide_dtype, wide_full_like
+from .._arrays.dtypes import wide, wide_dtype
 from .._arrays.noise import normal
 from .._arrays.sharding import in_type
 from . import densities, validity
@@ -282,7 +282,7 @@ class Posterior(NamedTuple):
         return _map(square, self, grad)
 
     def covariance_times(self, vector: optax.Params) -> optax.Params:
-        r"""Return :math:`\sigma^2 v`, None for a point mass, which `v` may leave out."""
+        r"""Return :math:`\sigma^2 v`; None for a point mass, where `v` may be None."""
 
         def product(_, precision, vector):
             return jnp.multiply(*wide(vector, _variance(precision)))
@@ -377,55 +377,6 @@ def of_curvature(mean, hess, ess, weight_decay):
 def weight_decay_of(prior, ess):
     r""":math:`\delta` of each array: the precision of its prior / ess."""
     return jax.tree.map(lambda p: p / ess.astype(p.dtype), prior.precision)
-
-
-def over(params, prior):
-    """`prior` over the tree of `params`, in its shapes and sharding; never an alias."""
-    if not jax.tree.leaves(params):
-        return Posterior(params, params)  # such as optax's placeholder for parameters
-    prior = _boxed(prior, params)
-    mean = _checks.like("prior.mean", prior.mean, "`params`", params)
-    precision = validity.prior_precision(prior.precision, params)
-
-    def copy(param, x):
-        zeros = wide_full_like(param, 0.0)
-        return zeros + jnp.asarray(x, zeros.dtype)
-
-    copies = [jax.tree.map(copy, params, tree) for tree in (mean, precision)]
-    return Posterior(*copies)
-
-
-def _boxed(prior, params):
-    """`prior` with its arrays in the boxes of `params`, such as `flax.nnx.Param`."""
-    structure = jax.tree.structure(prior.mean)
-    try:
-        boxes = structure.flatten_up_to(params)
-        columns = [structure.flatten_up_to(tree) for tree in prior]
-    except ValueError:
-        return prior  # another tree, which the checks will tell
-
-    def put(box, x):
-        leaves, box = jax.tree.flatten(box, is_leaf=_checks.is_masked)
-        return box.unflatten([x]) if len(leaves) == 1 else x
-
-    return Posterior(*(structure.unflatten(map(put, boxes, xs)) for xs in columns))
-
-
-def joint(parts):
-    """One Gaussian of several over one tree, of which each has arrays of its own."""
-    if len(parts) == 1:
-        return parts[0]
-    structure = jax.tree.structure(parts[0].mean)
-    trees = [[structure.flatten_up_to(tree) for tree in q] for q in parts]
-    rows = zip(*(zip(*pair, strict=True) for pair in trees), strict=True)
-    owners = [next((x for x in row if x[1] is not None), row[0]) for row in rows]
-    return Posterior(*(structure.unflatten([x[i] for x in owners]) for i in (0, 1)))
-
-
-def beside(q, join, point_masses):
-    """`q` in a larger tree, ``join(tree, point_masses)``."""
-    nothing = jax.tree.map(lambda _: None, point_masses)
-    return Posterior(join(q.mean, point_masses), join(q.precision, nothing))
 
 
 def _map(fn, q, *rest, point_mass=lambda _: None):

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import optax
 
 from .. import _checks
-from .._distributions.gaussian import Posterior, joint
+from .._distributions.gaussian import Posterior
+from .._distributions.parts import joint
 from .state import find_states, nodes
 
 

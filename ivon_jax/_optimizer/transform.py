@@ -8,8 +8,8 @@ import optax
 
 from .. import _checks, _rules
 from .._arrays.dtypes import wide_full_like
-from .._distributions import gaussian
 from .._distributions.gaussian import Posterior
+from .._distributions.parts import over
 from .estimate import Estimate
 from .state import IVONState, check_settings
 
@@ -196,7 +196,7 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=Non
             count=jnp.zeros([], jnp.int32),
             momentum=jax.tree.map(lambda p: wide_full_like(p, 0.0), params),
             hess=jax.tree.map(lambda p: wide_full_like(p, hess_init), params),
-            prior=None if prior is None else gaussian.over(params, prior),
+            prior=None if prior is None else over(params, prior),
             **scalars(float),
         )
 
