@@ -56,7 +56,7 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,16 @@ def _cross_entropy(outputs, label):
     return jax.nn.logsumexp(outputs) - jnp.sum(jnp.where(chosen, outputs, 0))
 
 
-def deviations(
+class LeaveOneOut(NamedTuple):
+    """What one pass over the examples tells, float32 or wider."""
+
+    logits: jax.Array  # (N, C), or like the outputs: f_i + V_i e_i
+    deviations: jax.Array  # the same shape, in units of the outputs: V_i e_i
+    sensitivities: jax.Array  # (N,): the Euclidean norms of the deviations
+    loss: jax.Array  # (): the mean of the losses at `logits`, in nats per prediction
+
+
+def leave_one_out(
     fn: Callable[[optax.Params, Any], jax.Array],
     posterior: Posterior,
     x: Any,
@@ -89,169 +98,23 @@ def deviations(
     where: jax.typing.ArrayLike | None = None,
     diagonal: bool = False,
     chunk_size: int = 16,
-) -> jax.Array:
-    r"""Estimate how each output would move without its example: :math:`V_i e_i`.
+) -> LeaveOneOut:
+    r"""Estimate all that the module is about in one pass; see there for the arguments.
 
-    To first order the example's own loss rises, by :math:`e_i^\top V_i e_i \ge 0`.
-
-    >>> q = Posterior(mean=jnp.zeros((1, 2)), precision=jnp.full((1, 2), 4.0))
-    >>> x, y = jnp.ones((1, 1)), jnp.array([0])
-    >>> print(deviations(lambda theta, x: x @ theta, q, x, y))
-    [[-0.125  0.125]]
-
-    Args:
-      fn: outputs of a batch; for this and the other arguments see the module.
-      posterior: what `ivon_jax.posterior` returns.
-      x: the examples.
-      y: their labels.
-      loss: of one prediction.
-      where: which examples or predictions count.
-      diagonal: whether to use the diagonal of :math:`V_i` alone.
-      chunk_size: examples to evaluate at once.
-
-    Returns:
-      Like the outputs, (N, C), and in their units, float32 or wider.
-    """
-
-    def result(_outputs, deviation, _y):
-        return deviation
-
-    return _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size)
-
-
-def sensitivities(
-    fn: Callable[[optax.Params, Any], jax.Array],
-    posterior: Posterior,
-    x: Any,
-    y: Any,
-    *,
-    loss: Callable[[jax.Array, Any], jax.Array] = _cross_entropy,
-    where: jax.typing.ArrayLike | None = None,
-    diagonal: bool = False,
-    chunk_size: int = 16,
-) -> jax.Array:
-    r"""Measure how much the model depends on each example: :math:`\|V_i e_i\|_2`.
-
-    Typical examples have low sensitivities; atypical, ambiguous and mislabelled ones
-    have high ones (the paper's Fig. 6).
-
-    >>> q = Posterior(mean=jnp.zeros((1, 2)), precision=jnp.full((1, 2), 4.0))
-    >>> x, y = jnp.array([[1.0], [2.0]]), jnp.array([0, 0])
-    >>> print(sensitivities(lambda theta, x: x @ theta, q, x, y).round(4))
-    [0.1768 0.7071]
-
-    Args:
-      fn: outputs of a batch; for this and the other arguments see the module.
-      posterior: what `ivon_jax.posterior` returns.
-      x: the examples.
-      y: their labels.
-      loss: of one prediction.
-      where: which examples or predictions count.
-      diagonal: whether to use the diagonal of :math:`V_i` alone.
-      chunk_size: examples to evaluate at once.
-
-    Returns:
-      (N,), the Euclidean norms of `deviations`.
-    """
-
-    def result(_outputs, deviation, _y):
-        return jnp.sqrt(jnp.sum(deviation**2))
-
-    return _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size)
-
-
-def leave_one_out_logits(
-    fn: Callable[[optax.Params, Any], jax.Array],
-    posterior: Posterior,
-    x: Any,
-    y: Any,
-    *,
-    loss: Callable[[jax.Array, Any], jax.Array] = _cross_entropy,
-    where: jax.typing.ArrayLike | None = None,
-    diagonal: bool = False,
-    chunk_size: int = 16,
-) -> jax.Array:
-    r"""Estimate each output without its example in the training: :math:`f_i + V_i e_i`.
-
-    In Bayesian linear regression with noise of variance :math:`s^2` the exact deviation
-    is :math:`V_i e_i / (1 - V_i / s^2)`: the estimate leaves the leverage
+    The functions below return a part of this each, for the price of the whole. In
+    Bayesian linear regression with noise of variance :math:`s^2` the exact deviation is
+    :math:`V_i e_i / (1 - V_i / s^2)`: the estimate leaves the leverage
     :math:`V_i / s^2` out, which is small where no example determines a parameter alone.
 
     >>> q = Posterior(mean=jnp.ones((1, 2)), precision=jnp.full((1, 2), 4.0))
     >>> x, y = jnp.ones((1, 1)), jnp.array([0])
-    >>> print(leave_one_out_logits(lambda theta, x: x @ theta, q, x, y))
-    [[0.875 1.125]]
-
-    Args:
-      fn: outputs of a batch; for this and the other arguments see the module.
-      posterior: what `ivon_jax.posterior` returns.
-      x: the examples.
-      y: their labels.
-      loss: of one prediction.
-      where: which examples or predictions count.
-      diagonal: whether to use the diagonal of :math:`V_i` alone.
-      chunk_size: examples to evaluate at once.
+    >>> result = leave_one_out(lambda theta, x: x @ theta, q, x, y)
+    >>> print(*result[:3], result.loss.round(2))
+    [[0.875 1.125]] [[-0.125  0.125]] [0.17677669] 0.83
 
     Returns:
-      Like the outputs, (N, C), float32 or wider.
+      A `LeaveOneOut`.
     """
-
-    def result(outputs, deviation, _y):
-        return outputs + deviation
-
-    return _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size)
-
-
-def leave_one_out_loss(
-    fn: Callable[[optax.Params, Any], jax.Array],
-    posterior: Posterior,
-    x: Any,
-    y: Any,
-    *,
-    loss: Callable[[jax.Array, Any], jax.Array] = _cross_entropy,
-    where: jax.typing.ArrayLike | None = None,
-    diagonal: bool = False,
-    chunk_size: int = 16,
-) -> jax.Array:
-    r"""Estimate the test loss from training examples, by leave-one-out.
-
-    :math:`\frac{1}{N} \sum_i \ell(f_i + V_i e_i, y_i)`, in nats per example, to compare
-    with the mean loss on held-out data; the paper's LOO (section 4.4.1) is the sum.
-    With a loss that is convex in the outputs, as cross-entropy is, it is never below
-    the training loss at the mean.
-
-    >>> q = Posterior(mean=jnp.zeros((1, 2)), precision=jnp.full((1, 2), 4.0))
-    >>> x, y = jnp.ones((1, 1)), jnp.array([0])
-    >>> print(leave_one_out_loss(lambda theta, x: x @ theta, q, x, y).round(2))
-    0.83
-
-    Args:
-      fn: outputs of a batch; for this and the other arguments see the module.
-      posterior: what `ivon_jax.posterior` returns.
-      x: the examples.
-      y: their labels.
-      loss: of one prediction.
-      where: which examples or predictions count.
-      diagonal: whether to use the diagonal of :math:`V_i` alone.
-      chunk_size: examples to evaluate at once.
-
-    Returns:
-      A scalar, the mean over all predictions that count.
-    """
-
-    def result(outputs, deviation, y):
-        return _of_predictions(loss, outputs)(outputs + deviation, y)
-
-    losses = _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size)
-    if where is None:
-        return jnp.mean(losses)
-    where = _which_count(where, losses.shape)
-    total = jnp.sum(jnp.where(where, losses, 0))
-    return total / jnp.sum(where, dtype=losses.dtype)
-
-
-def _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size):
-    """Map ``result(outputs, deviation, y)`` over the examples."""
     _checks.distribution("posterior", posterior, "covariance_times")
     _checks.boolean("diagonal", diagonal)
     _checks.integer_between("chunk_size", chunk_size, 1)
@@ -276,11 +139,117 @@ def _evaluate(result, fn, posterior, x, y, loss, where, diagonal, chunk_size):
                 deviation = outputs.covariance_diagonal() * error
             else:
                 deviation = outputs.covariance_times(error)
-            return result(outputs.mean, _masked(deviation, counts), y)
+            deviation = _masked(deviation, counts)
+            logits = outputs.mean + deviation
+            losses = _of_predictions(loss, logits)(logits, y)
+            norm = jnp.sqrt(jnp.sum(deviation**2))
+            return LeaveOneOut(logits, deviation, norm, losses)
 
         return map_examples(of_example, (x, y, where), chunk_size)
 
-    return compiled.call(run, posterior, x, y, where, of=fn)
+    result = compiled.call(run, posterior, x, y, where, of=fn)
+    return result._replace(loss=_mean(result.loss, where))
+
+
+def deviations(
+    fn: Callable[[optax.Params, Any], jax.Array],
+    posterior: Posterior,
+    x: Any,
+    y: Any,
+    **options: Any,
+) -> jax.Array:
+    r"""Estimate how each output would move without its example: :math:`V_i e_i`.
+
+    To first order the example's own loss rises, by :math:`e_i^\top V_i e_i \ge 0`.
+    Arguments and options are those of the module.
+
+    >>> q = Posterior(mean=jnp.zeros((1, 2)), precision=jnp.full((1, 2), 4.0))
+    >>> x, y = jnp.ones((1, 1)), jnp.array([0])
+    >>> print(deviations(lambda theta, x: x @ theta, q, x, y))
+    [[-0.125  0.125]]
+
+    Returns:
+      Like the outputs, (N, C), and in their units, float32 or wider.
+    """
+    return leave_one_out(fn, posterior, x, y, **options).deviations
+
+
+def sensitivities(
+    fn: Callable[[optax.Params, Any], jax.Array],
+    posterior: Posterior,
+    x: Any,
+    y: Any,
+    **options: Any,
+) -> jax.Array:
+    r"""Measure how much the model depends on each example: :math:`\|V_i e_i\|_2`.
+
+    Typical examples have low sensitivities; atypical, ambiguous and mislabelled ones
+    have high ones (the paper's Fig. 6). Arguments and options are those of the module.
+
+    >>> q = Posterior(mean=jnp.zeros((1, 2)), precision=jnp.full((1, 2), 4.0))
+    >>> x, y = jnp.array([[1.0], [2.0]]), jnp.array([0, 0])
+    >>> print(sensitivities(lambda theta, x: x @ theta, q, x, y).round(4))
+    [0.1768 0.7071]
+
+    Returns:
+      (N,), the Euclidean norms of `deviations`.
+    """
+    return leave_one_out(fn, posterior, x, y, **options).sensitivities
+
+
+def leave_one_out_logits(
+    fn: Callable[[optax.Params, Any], jax.Array],
+    posterior: Posterior,
+    x: Any,
+    y: Any,
+    **options: Any,
+) -> jax.Array:
+    r"""Estimate each output without its example in the training: :math:`f_i + V_i e_i`.
+
+    Arguments and options are those of the module.
+
+    >>> q = Posterior(mean=jnp.ones((1, 2)), precision=jnp.full((1, 2), 4.0))
+    >>> x, y = jnp.ones((1, 1)), jnp.array([0])
+    >>> print(leave_one_out_logits(lambda theta, x: x @ theta, q, x, y))
+    [[0.875 1.125]]
+
+    Returns:
+      Like the outputs, (N, C), float32 or wider.
+    """
+    return leave_one_out(fn, posterior, x, y, **options).logits
+
+
+def leave_one_out_loss(
+    fn: Callable[[optax.Params, Any], jax.Array],
+    posterior: Posterior,
+    x: Any,
+    y: Any,
+    **options: Any,
+) -> jax.Array:
+    r"""Estimate the test loss from training examples, by leave-one-out.
+
+    :math:`\frac{1}{N} \sum_i \ell(f_i + V_i e_i, y_i)`, in nats per example, to compare
+    with the mean loss on held-out data; the paper's LOO (section 4.4.1) is the sum.
+    With a loss that is convex in the outputs, as cross-entropy is, it is never below
+    the training loss at the mean. Arguments and options are those of the module.
+
+    >>> q = Posterior(mean=jnp.zeros((1, 2)), precision=jnp.full((1, 2), 4.0))
+    >>> x, y = jnp.ones((1, 1)), jnp.array([0])
+    >>> print(leave_one_out_loss(lambda theta, x: x @ theta, q, x, y).round(2))
+    0.83
+
+    Returns:
+      A scalar, the mean over all predictions that count.
+    """
+    return leave_one_out(fn, posterior, x, y, **options).loss
+
+
+def _mean(losses, where):
+    """The mean loss of the predictions that count."""
+    if where is None:
+        return jnp.mean(losses)
+    total = jnp.sum(jnp.where(where, losses, 0))
+    return total / jnp.sum(where, dtype=losses.dtype)
 
 
 def _which_count(where, shape):

@@ -240,7 +240,10 @@ def test_the_state_holds_the_settings():
 def test_the_state_holds_the_settings_of_the_last_step(key):
     """Those of a schedule, too."""
     tx = optax.inject_hyperparams(ivon_jax.ivon)(
-        learning_rate=0.1, ess=10, b1=lambda count: 0.5 + 0.1 * count, clip_radius=1.0
+        learning_rate=0.1,
+        ess=10,
+        b1=lambda t: 0.5 + 0.1 * t.astype(float),
+        clip_radius=1.0,
     )
     opt_state = tx.init(PARAMS)
     for expected in (0.5, 0.6):
