@@ -183,12 +183,25 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=Non
         "clip_radius": clip_radius,
     }
 
-    def scalars(dtype):
-        """The settings of this step, which may be a schedule's; never an alias."""
+    def first_settings():
+        """As arrays of our own: nothing that the caller may donate."""
         return {
-            name: None if value is None else jnp.array(value, dtype)
+            name: None if value is None else jnp.array(value, dtype=float)
             for name, value in settings.items()
         }
+
+    def new_settings(state):
+        """Those of this step, which may be a schedule's."""
+
+        def new(name, value):
+            if value is None:
+                return None
+            old = getattr(state, name)
+            value = jnp.asarray(value, old.dtype)
+            # Just `value`, but a state that is donated has no buffer without a use.
+            return jnp.where(old == value, old, value)
+
+        return {name: new(name, value) for name, value in settings.items()}
 
     def init(params):
         _checks.floating_leaves(params)
@@ -197,7 +210,7 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=Non
             momentum=jax.tree.map(lambda p: wide_full_like(p, 0.0), params),
             hess=jax.tree.map(lambda p: wide_full_like(p, hess_init), params),
             prior=None if prior is None else over(params, prior),
-            **scalars(float),
+            **first_settings(),
         )
 
     def update(grads, state, params=None, *, sample=None, hess=None, **extra_args):
@@ -207,7 +220,7 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=Non
         _check_clip(state, clip_radius)
         estimate = _estimate(grads, state, params, sample, hess, at_mean)
         count = optax.safe_increment(state.count)
-        state = state._replace(count=count, **scalars(state.ess.dtype))
+        state = state._replace(count=count, **new_settings(state))
         distance = params if state.prior is None else _distance(params, state.prior)
 
         def step(h, g, delta, mean, grad, hess_hat):
