@@ -691,7 +691,7 @@ def test_the_recipe_for_token_means_is_exact():
         assert_mean(hess[name], DIAGONAL[name])
 
 
-INTEGERS = {"steps": jnp.arange(3), "on": jnp.array(True)}
+INTEGERS = {"steps": jnp.arange(3), "on": jnp.array([True, False])}
 
 
 @pytest.mark.parametrize(
