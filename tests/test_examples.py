@@ -16,10 +16,15 @@ FOLDER = ROOT / "examples"
 # For each example, constants that make it short.
 TOY = {
     "digits": {"STEPS": 2, "NUM_SAMPLES": 2},
+    "ensemble": {"STEPS": 2, "ANGLES": (0, 90)},
     "linen": {"STEPS": 2, "WIDTH": 2, "NUM_SAMPLES": 2},
     "lora": {"PRETRAIN_STEPS": 2, "STEPS": 4, "NUM_SAMPLES": 2},
+    "merging": {"STEPS": 4, "SCALES": (0.5, 1.0)},
     "nnx": {"STEPS": 2, "HIDDEN": 8, "NUM_SAMPLES": 2},
+    "out_of_domain": {"STEPS": 2, "NUM_SAMPLES": 2},
+    "pruning": {"STEPS": 2},
     "regression": {"STEPS": 2, "NUM_SAMPLES": 2},
+    "sensitivity": {"STEPS": 2},
     "uncertainty": {"STEPS": 2, "NUM_SAMPLES": 2},
 }
 
