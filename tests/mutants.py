@@ -45,6 +45,9 @@ TESTS = {  # for each module the files that must notice; its doctests come first
     "_evaluation.objective": ["objective"],
     "_evaluation.samples": ["predictive", "mixture"],
     "_optimizer.gradients": ["gradients", "contract", "parallel"],
+    "_distributions.parts": ["prior", "posterior", "flax"],
+    "_optimizer.state": ["posterior", "prior", "sampled", "transform", "diagnostics"],
+    "_optimizer.posterior": ["posterior", "prior", "sampled"],
     "_optimizer.transform": [
         "reference",
         "transform",

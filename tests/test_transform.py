@@ -621,3 +621,11 @@ def test_low_precision_parameters_train_under_x64(dtype):
     updates, new_state = tx.update(theta, opt_state, params, sample=theta)
     assert updates["w"].dtype == dtype
     assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, opt_state)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kind", [np.float32, np.float16, np.int8, np.float64])
+def test_settings_may_be_numbers_of_numpy(kind):
+    """Of few bits, too, where the default is float64: nothing overflows."""
+    [state] = ivon_jax.find_states(ivon_jax.ivon(0.1, ess=kind(3)).init(PARAMS))
+    assert state.ess == 3.0

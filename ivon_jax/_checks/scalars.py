@@ -254,9 +254,10 @@ def _scalar(name, value):
 
 def _finite(name, value):
     """Return `value` as a Python float, if the default float dtype can hold it."""
+    number = value if isinstance(value, int) else float(value)  # 10**400 is no float
     largest = float(jnp.finfo(jnp.result_type(float)).max)
-    if abs(value) == math.inf:
+    if abs(number) == math.inf:
         raise ValueError(f"`{name}` must be finite, got {value}.")
-    if abs(value) > largest:
+    if abs(number) > largest:
         raise ValueError(f"`{name}` must be at most {largest:.2g}, got {value}.")
-    return float(value)
+    return float(number)
