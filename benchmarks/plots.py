@@ -194,6 +194,9 @@ def merged_networks(found):
     return figure
 
 
+TOP = 30  # %, of a histogram
+
+
 def unknown_classes(found):
     """How undecided predictions are on MNIST, in domain and out of it."""
     shares = found["unknown_classes_mnist"]["curves"]["share of images by entropy"]
@@ -204,7 +207,10 @@ def unknown_classes(found):
             label = "known classes" if where == "inside" else "unknown classes"
             share = shares[f"{system}, {where}"]
             axis.stairs(share, shares["edges"], label=label, **style)
-        axis.set(title=system, xlabel="predictive entropy (nats)", ylim=(0, 30))
+            if share[0] > TOP:
+                note = f"↑ {share[0]:.0f} %"
+                axis.text(shares["edges"][1], TOP, note, color=color, va="top")
+        axis.set(title=system, xlabel="predictive entropy (nats)", ylim=(0, TOP))
     axes[0].set_ylabel("share of images (%)")
     axes[1].legend(frameon=False)
     return figure
@@ -214,6 +220,7 @@ PLOTS = (
     uncertainty,
     ablations,
     multi_ivon,
+    unknown_classes,
     leave_one_out_loss,
     merged_networks,
     task_sequence,
