@@ -10,7 +10,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture(params=[0, 1, 2], ids="seed={}".format)
+def pytest_generate_tests(metafunc):
+    """Three random keys for what holds of draws on average, one for the rest."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    if "key" in metafunc.fixturenames and all("key" not in m.args[0] for m in marks):
+        statistical = metafunc.definition.get_closest_marker("statistical")
+        seeds = (0, 1, 2) if statistical else (1,)
+        ids = "seed={}".format
+        metafunc.parametrize("key", seeds, ids=ids, indirect=True)
+
+
+@pytest.fixture
 def key(request):
     return jax.random.key(request.param)
 

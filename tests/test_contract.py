@@ -312,6 +312,7 @@ def by_microbatches(key, mean):
     return QUADRATIC_TX.update(estimate, opt_state, mean)[1]
 
 
+@pytest.mark.statistical
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     ("accumulate", "share"), [(by_microbatches, 1.0), (by_multi_steps, 1.0 / PARTS)]

@@ -233,6 +233,7 @@ def test_numbers_of_a_loss_are_their_formulas_at_the_samples_of_split_keys(
     assert_numbers({k: numbers[k] for k in without}, without)
 
 
+@pytest.mark.statistical
 def test_the_gap_of_a_quadratic_loss_is_the_expected_one(key):
     """E[l(theta)] - l(m) = sum sigma^2 h / 2 = gamma / 2 ess where h is the Hessian."""
     hess = jnp.linspace(0.5, 2.0, 4)

@@ -106,6 +106,7 @@ def test_flaxs_own_train_state_takes_an_estimate(key):
     chex.assert_trees_all_equal(ours.opt_state, unmodified.opt_state)
 
 
+@pytest.mark.statistical
 def test_our_train_state_takes_an_estimate_within_any_wrapper(key):
     tx = optax.chain(
         optax.identity(), optax.masked(TX, {"Dense_0": True, "Dense_1": False})
@@ -170,6 +171,7 @@ def test_nnx_step_works_in_jit_without_a_second_trace(key):
     assert model.dropout.rngs.count[...] == 20
 
 
+@pytest.mark.statistical
 def test_nnx_draws_only_what_the_optimizer_trains(key):
     """Everything else is shared, and tied layers stay tied."""
     head = nnx.All(nnx.Param, nnx.PathContains("last"))

@@ -157,6 +157,7 @@ MASKS = {
 }
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_restricted_samples_move_what_the_mask_has_alone(mask, key):
     q = gaussian()

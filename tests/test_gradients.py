@@ -51,6 +51,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_gradient_and_hessian_are_unbiased(options, key):
     """On a quadratic the smoothed loss has the gradient at m and the Hessian itself."""
@@ -61,6 +62,7 @@ def test_gradient_and_hessian_are_unbiased(options, key):
         assert_mean(estimate.hess[name], DIAGONAL[name])
 
 
+@pytest.mark.statistical
 def test_value_is_the_loss_under_the_posterior(key):
     """E[loss] = loss(m) + tr(H diag(sigma^2)) / 2."""
     loss, _ = estimates(key, mc_samples=2)
@@ -68,6 +70,7 @@ def test_value_is_the_loss_under_the_posterior(key):
     assert_mean(loss, loss_fn(PARAMS, BATCH) + 0.5 * jnp.sum(flat(DIAGONAL) * variance))
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("count", [4, 12])
 @pytest.mark.parametrize("option", ["mc_samples", "microbatches"])
 def test_variance_of_the_hessian_falls_as_one_over_samples(option, count, key):
@@ -242,6 +245,7 @@ LOW_PRECISION = [
 ]
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(("dtype", "compute_dtype"), LOW_PRECISION)
 def test_low_precision_does_not_bias_the_hessian(dtype, compute_dtype, key):
     """bfloat16 rounds theta - m by up to half of sigma; h_hat has the noise itself.

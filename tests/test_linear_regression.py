@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from sklearn.datasets import load_diabetes
 from statistical import assert_at_most
 
@@ -73,6 +74,7 @@ def estimate_variance():
     return EXACT_HESS**2 + precision * ((HESSIAN**2) @ (1 / precision))
 
 
+@pytest.mark.statistical
 def test_mean_and_precision_are_those_of_the_exact_posterior(key):
     """The mean to a tenth of the posterior's stddev, Hessians to 5 standard errors."""
     q, average_hess = train(key, jnp.float32, hess_init=3.0)

@@ -314,6 +314,7 @@ def probabilities(theta, x):
     return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_fisher_of_a_linear_classifier_is_the_closed_form(key, num_samples):
     """Sum over i of x_i^2 p_i (1 - p_i), on average over the labels."""
@@ -331,6 +332,7 @@ def test_fisher_of_a_linear_classifier_is_the_closed_form(key, num_samples):
     assert_mean(draws["b"], variance.sum(axis=0))
 
 
+@pytest.mark.statistical
 def test_fisher_of_one_logit_is_that_of_a_sigmoid(key):
     """Sum over i of x_i^2 p_i (1 - p_i), on average over the labels."""
     x = features(7)["features"]

@@ -47,6 +47,7 @@ def test_members_may_have_dtypes_of_their_own(dtypes, key):
         np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_samples_have_the_moments_of_the_mixture(form, key):
     """Within five standard errors of 4,000 draws."""
@@ -68,6 +69,7 @@ def test_prediction_draws_as_often_from_each_member():
     np.testing.assert_allclose(mean, MEANS.mean(0), atol=1e-5)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("num_samples", [1, 4, 5])
 def test_means_are_unbiased_where_the_samples_do_not_divide(num_samples, key):
     """Over 3,000 keys every member is drawn as often, to five standard errors."""

@@ -63,12 +63,14 @@ def draws(q, key):
     return jax.jit(jax.vmap(draw))(jax.random.split(key, 2000))
 
 
+@pytest.mark.statistical
 @pytest.mark.usefixtures("x64")
 def test_at_the_exact_posterior_the_bound_is_the_evidence(key):
     """log p(D) = E[log p(D | theta)] - KL(q || prior) where q is the posterior."""
     assert_mean(draws(gaussian(MEAN, PRECISION), key), log_evidence())
 
 
+@pytest.mark.statistical
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("shift", "factor"), [(0.1, 1.0), (0.0, 3.0), (0.0, 0.3), (-0.2, 2.0)]
@@ -82,6 +84,7 @@ def test_elsewhere_it_is_less_by_the_divergence_to_the_exact_posterior(
     assert_mean(draws(q, key), log_evidence() - gap)
 
 
+@pytest.mark.statistical
 @pytest.mark.usefixtures("x64")
 def test_batches_leave_the_bound_unbiased(key):
     """The mean loss of a random batch has the mean loss of the data as its mean."""
@@ -157,6 +160,7 @@ def train(key, steps=8000):
     return ivon_jax.posterior(params, first), ivon_jax.posterior(last_params, last)
 
 
+@pytest.mark.statistical
 def test_training_raises_it_to_the_evidence(key):
     """From far below to within a tenth of a nat: precisions fluctuate by 3 %."""
     train_key, sample_key = jax.random.split(key)

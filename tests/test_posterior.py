@@ -35,6 +35,7 @@ def test_sigma_is_line_8_of_the_algorithm():
         np.testing.assert_allclose(q.stddev[name], precision**-0.5, rtol=1e-6)
 
 
+@pytest.mark.statistical
 def test_perturbation_has_the_moments_of_the_posterior(key):
     """Mean 0, variance sigma^2, fourth moment 3 sigma^4, entry by entry."""
     opt_state = trained_state(ivon_jax.ivon(0.1, ess=50, b2=0.5), PARAMS)
@@ -48,6 +49,7 @@ def test_perturbation_has_the_moments_of_the_posterior(key):
         assert_mean(noise**4, 3.0)
 
 
+@pytest.mark.statistical
 def test_every_entry_of_every_leaf_has_its_own_noise(key):
     """All products of two entries average to zero, leaves of equal shape included."""
     params = {"a": jnp.zeros(3), "b": jnp.zeros(3)}
@@ -59,6 +61,7 @@ def test_every_entry_of_every_leaf_has_its_own_noise(key):
     assert_mean(products[:, off_diagonal], 0.0)
 
 
+@pytest.mark.statistical
 def test_same_key_same_theta_other_key_other_theta(key):
     opt_state = ivon_jax.ivon(0.1, ess=50).init(PARAMS)
     theta = ivon_jax.sample(key, PARAMS, opt_state)
@@ -118,6 +121,7 @@ def test_densities_agree_with_the_written_out_formulas():
     np.testing.assert_allclose(q.kl_divergence(q), 0.0, atol=1e-12)
 
 
+@pytest.mark.statistical
 def test_entropy_and_divergence_are_the_means_of_log_densities(key):
     q, p = gaussian(0, "w"), gaussian(1, "w")
     theta = q.sample(key, (DRAWS,))
@@ -153,6 +157,7 @@ def test_the_posterior_is_found_inside(wrap, key):
     chex.assert_trees_all_close(theta, expected, rtol=1e-6)
 
 
+@pytest.mark.statistical
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_step_inside_moves_the_hessian(wrap, key):
@@ -165,6 +170,7 @@ def test_a_step_inside_moves_the_hessian(wrap, key):
     assert_moved(state.hess, jax.tree.map(jnp.ones_like, PARAMS))
 
 
+@pytest.mark.statistical
 def test_masked_parameters_are_point_masses(key):
     tx = optax.masked(ivon(), FIRST)
     opt_state = tx.init(PARAMS)
@@ -191,6 +197,7 @@ def test_point_masses_are_left_out_of_densities():
     )
 
 
+@pytest.mark.statistical
 def test_a_mask_may_be_a_prefix_of_the_parameters(key):
     """One False for a whole subtree, as optax allows."""
     params = {"head": jnp.ones(2), "body": {"a": jnp.ones(3), "b": [jnp.ones(1)]}}
@@ -214,6 +221,7 @@ def partitioned():
     )
 
 
+@pytest.mark.statistical
 @pytest.mark.usefixtures("standard_promotion")
 def test_partition_makes_one_posterior_of_several_groups(key):
     """Each group with its own ess; what Adam trains is a point mass."""

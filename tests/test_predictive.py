@@ -38,6 +38,7 @@ def test_predict_is_the_mean_over_its_keys_samples(key):
     assert {x.dtype for x in jax.tree.leaves(result)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.statistical
 def test_predict_converges_to_the_expectation(key):
     """E[theta^2] = m^2 + sigma^2."""
     keys = jax.random.split(key, 400)
@@ -335,6 +336,7 @@ def test_the_covariance_of_a_network_is_that_of_its_jacobian(chunk_size):
     np.testing.assert_allclose(result.mean, network(q.mean, x), rtol=1e-13)
 
 
+@pytest.mark.statistical
 def test_predictions_of_a_linear_model_have_the_moments_of_samples(key):
     """To five standard errors, of products for the covariance."""
     q, x = jax.tree.map(lambda x: x.astype(jnp.float32), problem(0, n=1))

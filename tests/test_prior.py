@@ -67,6 +67,7 @@ def test_two_halves_one_after_the_other_are_the_fit_on_the_whole():
         np.testing.assert_allclose(q.precision, precision, rtol=1e-12)
 
 
+@pytest.mark.statistical
 def test_sampled_training_goes_on_where_yesterday_stopped(key):
     """The mean to a third of the posterior's stddev, the precision to a fifth."""
     half, steps = ESS // 2, 3000
