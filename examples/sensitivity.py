@@ -23,7 +23,6 @@ import optax
 from sklearn.datasets import load_digits
 
 import ivon_jax
-from ivon_jax import sensitivity
 
 SEED = 0
 SHARE_WRONG = 0.05
@@ -105,12 +104,11 @@ posterior = ivon_jax.posterior(params, opt_state)
 # 0.299, 0.390; the test has 360 images, of which some 18 are wrong.
 
 examples = images[train], jnp.asarray(given[train])
-sensitivities = sensitivity.sensitivities(logits, posterior, *examples)
-left_out = sensitivity.leave_one_out_loss(logits, posterior, *examples)
-most = np.argsort(-sensitivities)
+left_out = ivon_jax.sensitivity.leave_one_out(logits, posterior, *examples)
+most = np.argsort(-left_out.sensitivities)
 found = wrong[most[: wrong[train].sum()]].mean()
 print(f"wrong labels found: {found:.3f}")
-print(f"leave-one-out loss: {left_out:.3f}")
+print(f"leave-one-out loss: {left_out.loss:.3f}")
 print(f"test loss: {loss_fn(params, images[test], given[test]):.3f}")
 
 # %%

@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "examples"
 # For each example, constants that make it short.
 TOY = {
+    "continual": {"EPOCHS": 1, "NUM_TASKS": 2},
     "digits": {"STEPS": 2, "NUM_SAMPLES": 2},
     "ensemble": {"STEPS": 2, "ANGLES": (0, 90)},
     "linen": {"STEPS": 2, "WIDTH": 2, "NUM_SAMPLES": 2},
