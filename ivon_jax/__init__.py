@@ -43,7 +43,7 @@ from .predictive import (
     uncertainty as uncertainty,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

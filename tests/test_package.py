@@ -1,0 +1,118 @@
+"""What is published: names, a version, and a wheel with all rooms in it."""
+
+import importlib
+import inspect
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+
+import pytest
+
+import ivon_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+# A name that goes, or changes, is a breaking change: it needs a line of CHANGELOG.md.
+NAMES = {
+    "ivon_jax": """Estimate IVONState Linearized Mixture NaturalParameters PointMass
+        Posterior SampledState Uncertainty diagnostics evidence_lower_bound find_states
+        ivon linearized mean merging metrics posterior predict predictive prior pruning
+        sample sampled scale_by_ivon sensitivity uncertainty value_and_grad""",
+    "ivon_jax.diagnostics": "Diagnosis advice diagnose measure",
+    "ivon_jax.flax": """Model TrainState arrays mean posterior prior sample
+        value_and_grad""",
+    "ivon_jax.merging": "diagonal_fisher merge task_arithmetic",
+    "ivon_jax.metrics": """accuracy brier_score expected_calibration_error
+        negative_log_likelihood out_of_distribution""",
+    "ivon_jax.predictive": "Linearized Uncertainty linearized predict uncertainty",
+    "ivon_jax.pruning": """by_signal_to_noise by_variance curve mask prune
+        signal_to_noise""",
+    "ivon_jax.sensitivity": """LeaveOneOut deviations leave_one_out leave_one_out_logits
+        leave_one_out_loss sensitivities""",
+}
+
+
+def is_public(module, name, value):
+    """Of a module, what it defines; of the front door, all that it shows of ours."""
+    if name.startswith("_"):
+        return False
+    if inspect.ismodule(value):
+        # Flax's room is there from its first use on.
+        ours = value.__name__.startswith("ivon_jax.")
+        return module is ivon_jax and ours and name != "flax"
+    home = getattr(value, "__module__", "")
+    return (
+        home.startswith("ivon_jax") if module is ivon_jax else home == module.__name__
+    )
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_public_names_are_these(path):
+    module = importlib.import_module(path)
+    found = {
+        name for name, value in vars(module).items() if is_public(module, name, value)
+    }
+    assert found == set(NAMES[path].split())
+
+
+def test_every_public_module_is_listed():
+    files = {p.stem for p in (ROOT / "ivon_jax").iterdir() if p.name[0] not in "_."}
+    modules = {name.rpartition(".")[2] for name in NAMES if "." in name}
+    assert files - {"py"} == modules
+
+
+def test_the_version_is_the_changelogs_newest_and_the_citations():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    newest = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - ", changelog, re.MULTILINE)[0]
+    citation = (ROOT / "CITATION.cff").read_text()
+    [cited] = re.findall(r"^version: (\S+)$", citation, re.MULTILINE)
+    assert newest == cited == ivon_jax.__version__
+
+
+def test_hooks_and_workflow_call_what_a_contributor_calls():
+    """The versions that CI pins are those of pyproject.toml."""
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    assert ".ci/run" in workflow
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for oldest in project["dependencies"]:
+        assert oldest.replace(">=", "==") in workflow
+    assert f'"{project["requires-python"].removeprefix(">=")}"' in workflow
+
+
+@pytest.mark.slow
+def test_a_wheel_has_all_rooms_and_works_in_a_clean_environment(tmp_path):
+    """Without the checkout: jax and optax are this environment's, on a path."""
+    pip = [sys.executable, "-m", "pip"]
+    build = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    run([*pip, "wheel", "--quiet", *build, str(ROOT)])
+    [wheel] = tmp_path.glob("ivon_jax-*.whl")
+    assert f"-{ivon_jax.__version__}-" in wheel.name
+    packed = {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("ivon_jax/")}
+    files = (ROOT / "ivon_jax").rglob("*.*")
+    sources = {str(f.relative_to(ROOT)) for f in files if f.suffix in (".py", ".typed")}
+    assert packed == sources
+
+    python = str(tmp_path / "clean/bin/python")
+    venv.create(tmp_path / "clean")
+    install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    run([*pip, "--python", python, *install])
+    # Of folders on PYTHONPATH, editable installations such as ours are not read.
+    path = os.pathsep.join(p for p in sys.path if p.endswith("-packages"))
+    code = f"import {', '.join(NAMES)}; print(ivon_jax.__file__, ivon_jax.__version__)"
+    printed = run([python, "-c", code], cwd=tmp_path, PYTHONPATH=path).split()
+    assert printed[0].startswith(str(tmp_path / "clean"))
+    assert printed[1] == ivon_jax.__version__
+
+
+def run(command, cwd=ROOT, **environment):
+    """Run a command to its end, and return what it prints."""
+    environment = {**os.environ, **environment}
+    result = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
