@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
@@ -135,7 +136,7 @@ def sample(key: jax.Array, model: Model, optimizer: nnx.Optimizer) -> Model:
       TypeError: the arguments are of other kinds, or in another order.
       ValueError: no IVON state is in the optimizer.
     """
-    _checks.nnx_arguments("sample(key, model, optimizer)", model, optimizer)
+    _check_arguments("sample(key, model, optimizer)", model, optimizer)
     graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
     opt_state = arrays(optimizer.opt_state)
     return nnx.merge(graphdef, readers.sample(key, arrays(params), opt_state), rest)
@@ -166,7 +167,7 @@ def mean(model: Model, optimizer: nnx.Optimizer) -> Model:
       A model of the same kind. Its other variables are `model`'s own, as in `sample`;
       the mean of parameters with few bits is float32.
     """
-    _checks.nnx_arguments("mean(model, optimizer)", model, optimizer)
+    _check_arguments("mean(model, optimizer)", model, optimizer)
     graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
     params = readers.mean(arrays(params), arrays(optimizer.opt_state))
     return nnx.merge(graphdef, params, rest)
@@ -219,17 +220,16 @@ def value_and_grad(
 
     def estimate(key, model, optimizer, *args, **kwargs):
         order = "(key, model, optimizer, *args)"
-        _checks.nnx_arguments(order, model, optimizer)
+        _check_arguments(order, model, optimizer)
         _reject_streams(args, kwargs)
         of_optimizer = nnx.state(model, optimizer.wrt)
         graphdef, params, keys, rest = nnx.split(model, wrt, nnx.RngKey, ...)
-        _checks.same_filter(params, of_optimizer, wrt, optimizer.wrt)
+        _check_filter(params, of_optimizer, wrt, optimizer.wrt)
 
         def loss_of_draw(theta, keys, *args, **kwargs):
             draw = nnx.merge(graphdef, theta, keys, rest, copy=True)
             value = loss_fn(draw, *args, **kwargs)
-            _checks.scalar_loss(value, has_aux)
-            loss, aux = value if has_aux else (value, None)
+            loss, aux = _checks.loss_and_aux(value, has_aux)
             return loss, (aux, _changed(rest, nnx.split(draw, wrt, nnx.RngKey, ...)[3]))
 
         grad_fn = gradients.value_and_grad(loss_of_draw, has_aux=True, **options)
@@ -311,7 +311,7 @@ def posterior(model: nnx.Module, optimizer: nnx.Optimizer) -> Posterior:
       TypeError: the arguments are of other kinds, or in another order.
       ValueError: no IVON state is in the optimizer.
     """
-    _checks.nnx_arguments("posterior(model, optimizer)", model, optimizer)
+    _check_arguments("posterior(model, optimizer)", model, optimizer)
     params = arrays(nnx.state(model, optimizer.wrt))
     return readers.posterior(params, arrays(optimizer.opt_state))
 
@@ -321,7 +321,7 @@ def prior(model: nnx.Module, optimizer: nnx.Optimizer) -> Posterior:
 
     Both arguments, the result and the errors are as for `posterior`.
     """
-    _checks.nnx_arguments("prior(model, optimizer)", model, optimizer)
+    _check_arguments("prior(model, optimizer)", model, optimizer)
     params = arrays(nnx.state(model, optimizer.wrt))
     return readers.prior(params, arrays(optimizer.opt_state))
 
@@ -353,3 +353,26 @@ def arrays(tree: Any) -> Any:
         return node[...] if hasattr(value, "shape") else value  # masked, or None
 
     return jax.tree.map(inside, tree, is_leaf=is_variable)
+
+
+def _check_arguments(call, model, optimizer):
+    """Reject an NNX model and its optimizer in each other's place, or in the key's."""
+    if not (hasattr(optimizer, "opt_state") and hasattr(optimizer, "wrt")):
+        name, value, kind = "optimizer", optimizer, "an `nnx.Optimizer`"
+    elif hasattr(model, "opt_state") or isinstance(model, (jax.Array, np.ndarray)):
+        name, value, kind = "model", model, "an NNX module"
+    else:
+        return
+    raise TypeError(
+        f"`{name}` must be {kind}, got {type(value).__name__}. The order is `{call}`."
+    )
+
+
+def _check_filter(params, params_of_optimizer, wrt, wrt_of_optimizer):
+    """Reject variables to draw that are not those that the optimizer trains."""
+    if jax.tree.structure(params) != jax.tree.structure(params_of_optimizer):
+        raise ValueError(
+            f"`wrt` must be the filter of the optimizer, got {wrt!r} where that has "
+            f"{wrt_of_optimizer!r}. Call "
+            "`ivon_jax.flax.value_and_grad(loss_fn, wrt=optimizer.wrt)`."
+        )

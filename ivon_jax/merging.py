@@ -11,6 +11,7 @@ References:
   ICLR 2024; Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023.
 """
 
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ from . import _checks
 from ._arrays import compiled, sharding
 from ._arrays.dtypes import wide_dtype
 from ._arrays.loops import scan_mean, sum_examples
+from ._arrays.trees import is_masked, like
+from ._evaluation import validity
 
 
 def task_arithmetic(
@@ -103,7 +106,7 @@ def merge(
     """
     scales = _checked_scales(base, finetuned, scale)
     count = len(finetuned)
-    _checks.list_of_trees("hessians", hessians, count)
+    _check_list("hessians", hessians, count)
     hessians = [
         _curvature(f"hessians[{t}]", hess, "`base`", base)
         for t, hess in enumerate(hessians)
@@ -161,9 +164,9 @@ def diagonal_fisher(
     """
     _checks.integer_between("num_samples", num_samples, 1)
     _checks.integer_between("chunk_size", chunk_size, 1)
-    _checks.floating_tree("params", params)
+    _check_floating("params", params)
     inputs = jax.tree.map(jnp.asarray, inputs)
-    _checks.number_of_examples(inputs=inputs)
+    validity.number_of_examples(inputs=inputs)
 
     def run(params, key, inputs):
         def squared_gradient(index_and_example):
@@ -183,7 +186,7 @@ def _squared_gradient(fn, params, key, example, num_samples):
     """The mean over labels of one example, drawn from the model."""
     batch = jax.tree.map(lambda x: x[None], example)
     logits, pull = jax.vjp(lambda theta: fn(theta, batch), params)
-    _checks.outputs_of_one(logits)
+    validity.outputs_of_one(logits)
 
     def square(label_key):
         [grad] = pull(_errors(label_key, logits))
@@ -207,12 +210,12 @@ def _errors(key, logits):
 
 def _checked_scales(base, finetuned, scale):
     """One scale for each of the checked models."""
-    _checks.floating_tree("base", base)
-    _checks.list_of_trees("finetuned", finetuned)
+    _check_floating("base", base)
+    _check_list("finetuned", finetuned)
     for t, theta in enumerate(finetuned):
-        _checks.like(f"finetuned[{t}]", theta, "`base`", base)
-        _checks.floating_tree(f"finetuned[{t}]", theta)
-    return _checks.scales("scale", scale, len(finetuned))
+        like(f"finetuned[{t}]", theta, "`base`", base)
+        _check_floating(f"finetuned[{t}]", theta)
+    return _one_scale_each("scale", scale, len(finetuned))
 
 
 def _weights(path, base_hess, hess, dtype):
@@ -240,11 +243,11 @@ def _shifted(theta, thetas, scales, weights):
 def _curvature(name, hess, reference_name, reference):
     """Return non-negative `hess` like `reference`, None for None or masked parts."""
     if isinstance(hess, numbers.Real) or getattr(hess, "shape", None) == ():
-        number = _checks.non_negative(name, hess)
+        number = _checks.number(name, hess, _checks.NON_NEGATIVE)
         return jax.tree.map(lambda _: number, reference)
 
     def unknown(node):
-        return node is None or _checks.is_masked(node)
+        return node is None or is_masked(node)
 
     def fill(h, part):
         return part if unknown(h) else h
@@ -253,7 +256,7 @@ def _curvature(name, hess, reference_name, reference):
         whole = jax.tree.map(fill, hess, reference, is_leaf=unknown)
     except ValueError:
         whole = hess
-    _checks.like(name, whole, reference_name, reference)
+    like(name, whole, reference_name, reference)
     for path, h in jax.tree_util.tree_leaves_with_path(hess):
         where = f"{name}{jax.tree_util.keystr(path)}"
         if not jnp.issubdtype(jnp.result_type(h), jnp.floating):
@@ -287,3 +290,51 @@ def _check_some_curvature(path, total):
             f"got {bad} at base{jax.tree_util.keystr(path)}. Pass a positive "
             "`base_hessian`, such as the prior's precision."
         )
+
+
+def _check_floating(name, tree):
+    """Reject a tree with arrays that no difference can be scaled of."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"`{name}` must be real floating-point arrays, got {dtype} at "
+                f"{name}{jax.tree_util.keystr(path)}. Pass the parameters alone."
+            )
+
+
+def _check_list(name, value, count=None):
+    """Reject what is no list of one tree for each model."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(
+            f"`{name}` must be a list of trees, one for each model, got "
+            f"{type(value).__name__}."
+        )
+    if not value:
+        raise ValueError(f"`{name}` must have at least one tree, got none.")
+    if count is not None and len(value) != count:
+        raise ValueError(
+            f"`{name}` must have one tree for each of the {count} models in "
+            f"`finetuned`, got {len(value)}."
+        )
+
+
+def _one_scale_each(name, value, count):
+    """Return one finite number for each of `count` models."""
+
+    def one(name, value):
+        scale, number = _checks.scalar(name, value)
+        if number is not None and math.isnan(number):
+            raise ValueError(f"`{name}` must be a number, got nan.")
+        return scale
+
+    is_list = isinstance(value, (list, tuple))
+    if not is_list and not getattr(value, "ndim", 0):
+        return [one(name, value)] * count
+    length = len(value)
+    if length != count:
+        raise ValueError(
+            f"`{name}` must be one number, or one for each of the {count} models in "
+            f"`finetuned`, got {length}."
+        )
+    return [one(f"{name}[{i}]", scale) for i, scale in enumerate(value)]

@@ -28,6 +28,7 @@ import numpy as np
 from . import _checks
 from ._arrays import sharding
 from ._arrays.dtypes import wide, wide_dtype
+from ._evaluation import validity
 
 
 def accuracy(
@@ -287,19 +288,19 @@ def _at_most(scores, count, thresholds):
 
 def _scores(name, scores, where_name, where):
     """Checked scores, and a whole mask of them or None."""
-    scores = _checks.as_array(scores)
-    _checks.not_empty(name, scores)
-    where = _checks.which_count(where_name, where, scores.shape)
-    return _checks.scores(name, scores, where), where
+    scores = validity.as_array(scores)
+    validity.not_empty(name, scores)
+    where = validity.which_count(where_name, where, scores.shape)
+    return validity.scores(name, scores, where), where
 
 
 def _validated(probs, labels, where):
     """Checked arrays: labels of 32 bits or more, and a whole mask or None."""
-    probs, labels = jnp.asarray(probs), _checks.integers("labels", labels)
-    _checks.distributions("probs", probs)
-    where = _checks.which_count("where", where, probs.shape[:-1])
-    _checks.labels("labels", labels, probs.shape[:-1], probs.shape[-1], where)
-    _checks.sum_to_one("probs", probs, where)
+    probs, labels = jnp.asarray(probs), validity.integers("labels", labels)
+    validity.distributions("probs", probs)
+    where = validity.which_count("where", where, probs.shape[:-1])
+    validity.labels("labels", labels, probs.shape[:-1], probs.shape[-1], where)
+    validity.sum_to_one("probs", probs, where)
     return probs, labels, where
 
 

@@ -14,7 +14,7 @@ from ._arrays.dtypes import wide
 from ._arrays.loops import map_examples
 from ._distributions.gaussian import Posterior
 from ._distributions.mixture import Mixture
-from ._evaluation import jacobian
+from ._evaluation import jacobian, validity
 from ._evaluation.samples import mean_over_samples
 
 
@@ -119,13 +119,13 @@ def uncertainty(
     _checks.function("fn", fn)
 
     def outputs(theta, *args):
-        probs = jnp.asarray(_checks.one_array("fn(theta)", fn(theta, *args)))
-        _checks.probabilities("fn(theta)", probs)
+        probs = jnp.asarray(validity.one_array("fn(theta)", fn(theta, *args)))
+        validity.probabilities("fn(theta)", probs)
         return probs, _entropy(*wide(probs))
 
     means = mean_over_samples(outputs, posterior, key, num_samples, args, of=fn)
     probs, aleatoric = means
-    _checks.probabilities("fn(theta)", probs)
+    validity.probabilities("fn(theta)", probs)
     total = _entropy(probs)
     return Uncertainty(probs, total, aleatoric, jnp.maximum(total - aleatoric, 0.0))
 
@@ -204,7 +204,7 @@ def linearized(
     _checks.distribution("posterior", posterior, "covariance_times")
     _checks.integer_between("chunk_size", chunk_size, 1)
     x = jax.tree.map(jnp.asarray, x)
-    _checks.number_of_examples(x=x)
+    validity.number_of_examples(x=x)
 
     def run(posterior, x):
         jacobian.num_outputs(fn, posterior, x)

@@ -16,12 +16,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from . import _checks
 from ._arrays import compiled, ranks
 from ._arrays.dtypes import wide
+from ._arrays.trees import like
 from ._distributions.gaussian import Posterior
+from ._evaluation import validity
 
 
 def signal_to_noise(posterior: Posterior) -> Any:
@@ -74,11 +77,11 @@ def mask(scores: Any, sparsity: jax.typing.ArrayLike) -> Any:
     """
     named, structure = jax.tree_util.tree_flatten_with_path(scores, is_leaf=_is_none)
     arrays = [
-        _checks.scores(f"scores{jax.tree_util.keystr(path)}", x)
+        validity.scores(f"scores{jax.tree_util.keystr(path)}", x)
         for path, x in named
         if x is not None
     ]
-    _checks.not_empty("scores", *arrays)
+    validity.not_empty("scores", *arrays)
     size = sum(x.size for x in arrays)
     kept = iter(_kept(arrays, _num_removed(sparsity, size)))
     return structure.unflatten(
@@ -159,7 +162,7 @@ def prune(params: optax.Params | Posterior, mask: Any) -> optax.Params:
     """
     if isinstance(params, Posterior):
         params = params.mean
-    mask = _checks.keep_like("mask", mask, "the parameters", params)
+    mask = _whole_mask("mask", mask, "the parameters", params)
     return _pruned(params, mask)
 
 
@@ -195,7 +198,7 @@ def curve(
     """
     _checks.function("fn", fn)
     _check(posterior)
-    sparsities = _checks.fractions("sparsities", sparsities)
+    sparsities = _fractions("sparsities", sparsities)
     _checks.arguments("args", args)
 
     def run(posterior, sparsities, args):
@@ -233,7 +236,7 @@ def _kept(arrays, removed):
 
 def _num_removed(sparsity, size):
     """The sparsity times `size`, rounded, as a pair of integers."""
-    sparsity = _checks.fraction("sparsity", sparsity)
+    sparsity = _checks.number("sparsity", sparsity, _checks.FRACTION)
     if isinstance(sparsity, float):
         return ranks.pair(round(sparsity * size))
     rounded = ranks.pair(jnp.round(sparsity * float(size)))
@@ -253,3 +256,44 @@ def _like_mean(posterior, kept):
 
 def _is_none(node):
     return node is None
+
+
+def _fractions(name, value):
+    """Return numbers in [0, 1] along one axis."""
+    array = jnp.asarray(value, dtype=float)
+    if array.ndim != 1 or not array.size:
+        raise ValueError(
+            f"`{name}` must be a list of at least one number, got shape {array.shape}."
+        )
+    low, high = _checks.extremes(array) or (0, 1)
+    if not 0 <= low <= high <= 1:
+        bad = high if low >= 0 else low
+        raise ValueError(f"`{name}` must be in [0, 1], got {bad}.")
+    return array
+
+
+def _whole_mask(name, mask, reference_name, reference):
+    """Return booleans like `reference`; single ones hold for a whole array."""
+
+    def is_none(node):
+        return node is None
+
+    def whole(param, keep):
+        single = isinstance(keep, (bool, np.bool_)) or getattr(keep, "shape", 0) == ()
+        return param if param is None or single else keep
+
+    def kept(param, keep):
+        return None if param is None else keep
+
+    try:
+        filled = jax.tree.map(whole, reference, mask, is_leaf=is_none)
+    except ValueError:
+        filled = mask
+    like(name, filled, reference_name, reference)
+    for path, keep in jax.tree_util.tree_leaves_with_path(mask):
+        if jnp.result_type(keep) != jnp.bool_:
+            raise TypeError(
+                f"`{name}` must be booleans, True for what is kept, got "
+                f"{jnp.result_type(keep)} at {name}{jax.tree_util.keystr(path)}."
+            )
+    return jax.tree.map(kept, reference, mask, is_leaf=is_none)

@@ -66,7 +66,7 @@ from . import _checks
 from ._arrays import compiled
 from ._arrays.loops import map_examples
 from ._distributions.gaussian import Posterior
-from ._evaluation import jacobian
+from ._evaluation import jacobian, validity
 
 
 def _cross_entropy(outputs, label):
@@ -118,14 +118,14 @@ def leave_one_out(
     _checks.distribution("posterior", posterior, "covariance_times")
     _checks.boolean("diagonal", diagonal)
     _checks.integer_between("chunk_size", chunk_size, 1)
-    x, y = jax.tree.map(jnp.asarray, x), jax.tree.map(_checks.as_array, y)
-    count = _checks.number_of_examples(x=x, y=y)
+    x, y = jax.tree.map(jnp.asarray, x), jax.tree.map(validity.as_array, y)
+    count = validity.number_of_examples(x=x, y=y)
     *shape, num_outputs = jacobian.shape_of_outputs(fn, posterior, x)
     where = _which_count(where, (count, *shape))
     if loss is _cross_entropy:
-        y = _checks.classes("y", y, (count, *shape), max(2, num_outputs), where)
+        y = validity.classes("y", y, (count, *shape), max(2, num_outputs), where)
     else:
-        _checks.of_predictions("y", y, (count, *shape))
+        validity.of_predictions("y", y, (count, *shape))
 
     def run(posterior, x, y, where):
         linearized = jacobian.linearize(fn, posterior)
@@ -258,7 +258,7 @@ def _which_count(where, shape):
         return None
     where = jnp.asarray(where)
     missing = max(0, len(shape) - where.ndim)
-    return _checks.which_count(
+    return validity.which_count(
         "where", where.reshape(*where.shape, *[1] * missing), shape
     )
 
@@ -275,7 +275,7 @@ def _scalar(loss):
 
     def checked(outputs, y):
         value = loss(outputs, y)
-        _checks.loss_of_prediction(value)
+        _check_loss(value)
         return value
 
     return checked
@@ -283,3 +283,12 @@ def _scalar(loss):
 
 def _masked(values, counts):
     return values if counts is None else jnp.where(counts[..., None], values, 0)
+
+
+def _check_loss(value):
+    """Reject a loss that is no scalar for one prediction."""
+    if jnp.shape(validity.one_array("loss(outputs, y)", value)) != ():
+        raise ValueError(
+            "`loss(outputs, y)` must be a scalar, the loss of one prediction, got "
+            f"shape {value.shape}. Sum it over the outputs."
+        )

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import ivon_jax
-from ivon_jax._checks.differences import difference
+from ivon_jax._arrays.trees import difference
 
 PARAMS = {"a": jnp.ones(2), "b": [jnp.ones(3), {"c": jnp.ones(())}]}
 TX = ivon_jax.ivon(0.1, ess=10)

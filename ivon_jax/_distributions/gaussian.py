@@ -11,6 +11,7 @@ from .. import _checks, _rules
 from .._arrays.dtypes import wide, wide_dtype
 from .._arrays.noise import normal
 from .._arrays.sharding import in_type
+from .._arrays.trees import is_mask, like, mask_of
 from . import densities, validity
 from .natural import NaturalParameters, PointMass, place, summable
 
@@ -162,8 +163,8 @@ class Posterior(NamedTuple):
           ValueError, TypeError: `mask` does not fit, or has other leaves than booleans.
         """
         self.validate()
-        mask = mask if _checks.is_mask(mask, self.mean) else mask(self.mean)
-        keep = _checks.mask_of("mask", mask, self.mean)
+        mask = mask if is_mask(mask, self.mean) else mask(self.mean)
+        keep = mask_of("mask", mask, self.mean)
 
         def kept(_, precision, keep):
             return precision if keep else None
@@ -296,7 +297,7 @@ class Posterior(NamedTuple):
         >>> print(f"{q.log_prob(jnp.zeros(2)):.6f}")
         0.000000
         """
-        theta = _checks.like("theta", theta, "the posterior's mean", self.mean)
+        theta = like("theta", theta, "the posterior's mean", self.mean)
         self.validate()
 
         def log_density(mean, precision, x):
@@ -334,7 +335,7 @@ class Posterior(NamedTuple):
             divergence is infinite.
         """
         _checks.distribution("prior", prior, "kl_divergence")
-        _checks.like("prior.mean", prior.mean, "the posterior's mean", self.mean)
+        like("prior.mean", prior.mean, "the posterior's mean", self.mean)
         validity.same_point_masses(self, prior)
         self.validate()
         divergence = densities.kl_divergence

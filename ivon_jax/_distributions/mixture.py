@@ -12,6 +12,7 @@ import optax
 from .. import _checks
 from .._arrays.dtypes import wide
 from .._arrays.sharding import row
+from .._arrays.trees import like
 from .gaussian import Posterior, each
 
 
@@ -190,7 +191,7 @@ def _check_members(posteriors):
                 f"`posteriors[{i}]` must be a posterior, got {type(q).__name__}. Pass "
                 "`ivon_jax.posterior(params, opt_state)`."
             )
-        _checks.like(f"posteriors[{i}]", q, "`posteriors[0]`", posteriors[0])
+        like(f"posteriors[{i}]", q, "`posteriors[0]`", posteriors[0])
 
 
 def _index_of(index, count):

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from .. import _checks
 from .._arrays.dtypes import wide_full_like
+from .._arrays.trees import is_masked, like
 from . import validity
 from .gaussian import Posterior
 
@@ -14,7 +14,7 @@ def over(params, prior):
     if not jax.tree.leaves(params):
         return Posterior(params, params)  # such as optax's placeholder for parameters
     prior = _boxed(prior, params)
-    mean = _checks.like("prior.mean", prior.mean, "`params`", params)
+    mean = like("prior.mean", prior.mean, "`params`", params)
     precision = validity.prior_precision(prior.precision, params)
 
     def copy(param, x):
@@ -35,7 +35,7 @@ def _boxed(prior, params):
         return prior  # another tree, which the checks will tell
 
     def put(box, x):
-        leaves, box = jax.tree.flatten(box, is_leaf=_checks.is_masked)
+        leaves, box = jax.tree.flatten(box, is_leaf=is_masked)
         return box.unflatten([x]) if len(leaves) == 1 else x
 
     return Posterior(*(structure.unflatten(map(put, boxes, xs)) for xs in columns))

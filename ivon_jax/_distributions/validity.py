@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _checks
+from .._arrays.trees import is_masked, like
 from .natural import PointMass
 
 
@@ -120,7 +121,6 @@ def natural_parameters(natural):
 
 def prior_precision(precision, params):
     """Return the prior's precision where `params` are, non-negative, nowhere None."""
-    is_masked = _checks.is_masked
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)
     try:
         values = structure.flatten_up_to(precision)
@@ -134,5 +134,17 @@ def prior_precision(precision, params):
                 f"trains, got None at {where}: it could never move. Leave it out with "
                 "`optax.masked`."
             )
-        _checks.non_negative_array(where, None if is_masked(param) else value)
-    return _checks.like("prior.precision", precision, "`params`", params)
+        _check_non_negative(where, None if is_masked(param) else value)
+    return like("prior.precision", precision, "`params`", params)
+
+
+def _check_non_negative(name, array):
+    """Reject concrete values that are negative, infinite or NaN."""
+    low, high = (None if array is None else _checks.extremes(jnp.asarray(array))) or (
+        0,
+        0,
+    )
+    if not 0 <= low <= high < np.inf:
+        raise ValueError(
+            f"`{name}` must be non-negative and finite, got {low} to {high}."
+        )

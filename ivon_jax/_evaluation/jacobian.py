@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _checks
 from .._arrays import sharding
 from .._arrays.dtypes import wide, wide_dtype
 from .._distributions.gaussian import Posterior
+from . import validity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +97,9 @@ def shape_of_outputs(fn, q, x):
         return jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype)
 
     output = jax.eval_shape(fn, q.mean, jax.tree.map(one, x))
-    return _checks.predictions_of_one(output).shape[1:]
+    return validity.predictions_of_one(output).shape[1:]
 
 
 def num_outputs(fn, q, x):
     """C, for an `fn` that has no more axes."""
-    return _checks.one_axis_of_outputs(shape_of_outputs(fn, q, x))
+    return validity.one_axis_of_outputs(shape_of_outputs(fn, q, x))

@@ -75,7 +75,7 @@ def evidence_lower_bound(
     _checks.function("loss_fn", loss_fn)
 
     def loss(theta, *args):
-        return _checks.one_loss(loss_fn(theta, *args))
+        return _checks.scalar_loss(loss_fn(theta, *args))
 
     expected = mean_over_samples(loss, posterior, key, num_samples, args, of=loss_fn)
     divergence = posterior.kl_divergence(prior)

@@ -13,7 +13,7 @@ def mean_over_samples(fn, posterior, key, num_samples, args, of=None):
     """The mean of ``fn(theta, *args)``, any pytree, in the memory of one sample."""
     _checks.function("fn", fn)
     _checks.integer_between("num_samples", num_samples, 1)
-    _checks.posterior_to_sample(posterior)
+    _check_posterior(posterior)
     key = _checks.random_key("key", key)
     _checks.arguments("args", args)
 
@@ -39,3 +39,12 @@ def _scan_samples(fn, posterior, key, num_samples):
         )
     keys = jax.random.split(key, num_samples)
     return scan_mean(lambda k: fn(posterior.sample(k)), keys)
+
+
+def _check_posterior(posterior):
+    """Reject what has no samples, the parameters above all."""
+    if not hasattr(posterior, "sample"):
+        raise TypeError(
+            f"`posterior` must be a posterior, got {type(posterior).__name__}. Pass "
+            "`ivon_jax.posterior(params, opt_state)`."
+        )

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .. import _checks
-
 # Scaling, clipping and centring move the first number, adding to it the second. An
 # average over equal ones moves neither.
 SEAL = np.array([[2.0**60, 0.0]], np.float32)
@@ -103,14 +101,14 @@ class Estimate(metaclass=_Shown):
           TypeError: `tx` is no optax transformation.
           ValueError: the estimate was changed as if it were a gradient.
         """
-        _checks.transformation("tx", tx, "estimate.update(tx, opt_state, params)")
+        check_transformation("tx", tx, "estimate.update(tx, opt_state, params)")
         grad, hess = self.opened()
         tx = with_extra_args(tx)
         return tx.update(grad, opt_state, params, hess=hess, **extra_args)
 
     def opened(self) -> tuple[optax.Updates, optax.Updates]:
         """Gradient and Hessian estimate, the former NaN where the latter is no use."""
-        whole = _checks.unbroken(self._seal, SEAL)
+        whole = _is_unbroken(self._seal, SEAL)
         structure = jax.tree.structure(self.grad)
         try:
             hess = structure.flatten_up_to(self.hess)
@@ -166,3 +164,33 @@ def _seal_of(leaves):
     if length == () or not 0 < length[0] <= LONGEST_STACK:
         return SEAL
     return np.broadcast_to(SEAL, length + SEAL.shape)
+
+
+def check_transformation(name, tx, call):
+    """Reject what is no optimizer, arguments in the wrong order above all."""
+    if not (callable(getattr(tx, "init", None)) and hasattr(tx, "update")):
+        raise TypeError(
+            f"`{name}` must be an optax transformation, got {type(tx).__name__}. Call "
+            f"`{call}`."
+        )
+
+
+def _is_unbroken(seal, expected):
+    """Return whether an estimate is as it was made; an error where it is known not."""
+    if seal is None:
+        return True
+    known = isinstance(seal, np.ndarray) or (
+        not isinstance(seal, jax.core.Tracer) and seal.is_fully_addressable
+    )
+    xp = np if known else jnp
+    seal = xp.asarray(seal, np.float32)
+    (large, zero), (one, _) = (xp.moveaxis(x, -1, 0) for x in (seal, expected))
+    whole = xp.all(xp.abs(large / one[0] - 1.0) < 1e-3) & xp.all(zero == 0.0)
+    if known and not whole:
+        raise ValueError(
+            "`estimate` must reach IVON as it was made, got one that was changed as if "
+            "its two halves were one gradient, such as by a transformation before IVON "
+            "in a chain. Call `estimate.update(tx, opt_state, params)`, which keeps "
+            "them apart."
+        )
+    return whole

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from .. import _checks
-from .._arrays import compiled, sharding
+from .._arrays import compiled
 from .._arrays.dtypes import wide_dtype
 from .._arrays.loops import is_key, scan_mean, vmap_mean
+from .batches import check_keys, cut, fold_in, map_keys
 from .estimate import Estimate
 from .posterior import posterior
 
@@ -145,10 +146,10 @@ def value_and_grad(
     mean = vmap_mean if _checks.boolean("vectorize", vectorize) else scan_mean
     loss_fn = _with_aux(loss_fn, has_aux)
     if compute_dtype is not None:
-        compute_dtype = _checks.floating_dtype("compute_dtype", compute_dtype)
+        compute_dtype = _floating_dtype("compute_dtype", compute_dtype)
     if hess_reduce_dtype is not None:
-        _checks.floating_dtype("hess_reduce_dtype", hess_reduce_dtype)
-        _checks.has_axis("hess_reduce_dtype", axis_name)
+        _floating_dtype("hess_reduce_dtype", hess_reduce_dtype)
+        _check_axis("hess_reduce_dtype", axis_name)
     one_draw = mc_samples == microbatches == 1 and axis_name is None
     one_draw = one_draw and hess_estimator != "gauss_newton"
     draw = functools.partial(
@@ -159,12 +160,12 @@ def value_and_grad(
         if mc_samples == 1:
             return draw(q, like, key, batch)
         draws = jax.random.split(key, mc_samples), jnp.arange(mc_samples)
-        return mean(lambda x: draw(q, like, x[0], _fold_in(batch, x[1])), draws)
+        return mean(lambda x: draw(q, like, x[0], fold_in(batch, x[1])), draws)
 
     def over_microbatches(q, like, key, batch):
         if microbatches == 1:
             return over_samples(q, like, key, batch)
-        slices, join = _cut("microbatches", microbatches, batch)
+        slices, join = cut("microbatches", microbatches, batch)
         draws = jax.random.split(key, microbatches), slices
         return scan_mean(lambda x: over_samples(q, like, x[0], join(x[1])), draws)
 
@@ -180,13 +181,13 @@ def value_and_grad(
     def estimate(key, params, opt_state, *args, **kwargs):
         key, batch = _checks.random_key("key", key), (args, kwargs)
         if not one_draw:
-            _checks.typed_keys(batch)
+            check_keys(batch)
         q, like = posterior(params, opt_state), jax.tree.map(jnp.result_type, params)
         if axis_name is None:
             loss, aux, (grad, hess) = average(q, like, key, batch)
         else:
-            index = _checks.axis_index(axis_name)
-            key, batch = jax.random.fold_in(key, index), _fold_in(batch, index)
+            index = _axis_index(axis_name)
+            key, batch = jax.random.fold_in(key, index), fold_in(batch, index)
             outputs = over_microbatches(_per_device(q, index), like, key, batch)
             loss, aux, (grad, hess) = outputs
             loss, aux, grad = _mean_over_devices((loss, aux, grad), axis_name)
@@ -203,8 +204,7 @@ def _with_aux(loss_fn, has_aux):
     def checked(theta, batch):
         args, kwargs = batch
         value = loss_fn(theta, *args, **kwargs)
-        _checks.scalar_loss(value, has_aux)
-        loss, aux = value if has_aux else (value, None)
+        loss, aux = _checks.loss_and_aux(value, has_aux)
         return loss, jax.tree.map(jnp.asarray, aux)
 
     return checked
@@ -264,7 +264,7 @@ def _with_zeros(grad, params):
 
 
 def _transformed(grad_transform, grad, theta):
-    _checks.stateless("grad_transform", grad_transform, theta)
+    _check_stateless("grad_transform", grad_transform, theta)
     return grad_transform.update(grad, grad_transform.init(theta), theta)[0]
 
 
@@ -290,8 +290,8 @@ def _reparameterization(q, key, theta, loss, grad):
 
 def _gauss_newton(q, loss_fn, theta, batch):
     """Eq. 2: every example is a micro-batch of one, with random keys of its own."""
-    batch = _map_keys(jax.random.clone, batch)  # the loss of the batch has used them
-    slices, join = _cut("gauss_newton", None, batch)
+    batch = map_keys(jax.random.clone, batch)  # the loss of the batch has used them
+    slices, join = cut("gauss_newton", None, batch)
     floating, whole = _floating(theta)
 
     def of_example(one_slice):
@@ -301,53 +301,6 @@ def _gauss_newton(q, loss_fn, theta, batch):
         return q.squared_gradient(grad)
 
     return vmap_mean(of_example, slices)
-
-
-def _cut(name, count, batch):
-    """Slices ``j::count`` of the arrays in `batch`, stacked, and the way back to it.
-
-    Strided slices, because those of an array sharded along its first axis are sharded
-    alike; contiguous ones would each lie on a few of the devices. No count cuts into
-    single examples. Random keys go to every slice, folded with its index.
-    """
-    length = _checks.batch_size(name, count, batch)
-    one_by_one, count = count is not None, count or length
-    leaves, structure = jax.tree.flatten(batch)
-    shapes = [getattr(x, "shape", ()) for x in leaves]
-    arrays = {i: x for i, x in enumerate(leaves) if shapes[i][:1] == (length,)}
-
-    def strided(x):
-        rows = length // count
-        if one_by_one:
-            x = sharding.divisible(x, rows)
-        return x.reshape(rows, count, *x.shape[1:]).swapaxes(0, 1)
-
-    def join(one_slice):
-        index, cut = one_slice
-        whole = structure.unflatten([cut.get(i, x) for i, x in enumerate(leaves)])
-        return _fold_in(whole, index)
-
-    slices = {i: strided(x) for i, x in arrays.items()}
-    return (sharding.positions(next(iter(slices.values()))), slices), join
-
-
-def _fold_in(batch, index):
-    """`batch` with its random keys, if any, made those of this draw."""
-    return _map_keys(lambda key: jax.random.fold_in(key, index), batch)
-
-
-def _map_keys(fn, tree):
-    """Map `fn` over every typed random key in `tree`."""
-
-    def leaf(x):
-        if not (isinstance(x, jax.Array) and is_key(x)):
-            return x
-        mapped = fn
-        for _ in x.shape:
-            mapped = jax.vmap(mapped)
-        return mapped(x)
-
-    return jax.tree.map(leaf, tree)
 
 
 def _per_device(q, index):
@@ -375,3 +328,49 @@ def _mean_over_devices(tree, axis_name, dtype=None):
         return total.astype(x.dtype) / count
 
     return jax.tree.map(mean, tree)
+
+
+def _floating_dtype(name, value):
+    """Return a floating-point dtype."""
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"`{name}` must be a floating-point dtype such as `jnp.bfloat16`, got "
+            f"{value!r}."
+        )
+    return dtype
+
+
+def _check_axis(name, axis_name):
+    """Reject what is about several devices where there is no axis of them."""
+    if axis_name is None:
+        raise ValueError(f"`{name}` needs `axis_name`, the axis to reduce over.")
+
+
+def _axis_index(axis_name):
+    """Return this device's index along a mapped axis."""
+    try:
+        return jax.lax.axis_index(axis_name)
+    except NameError:
+        raise ValueError(
+            f"`axis_name` must be bound by a map around the call, got {axis_name!r}. "
+            "Call inside `jax.shard_map` or `jax.pmap` with that axis name."
+        ) from None
+
+
+def _check_stateless(name, transform, params):
+    """Reject what is no optax transformation, or one that would need its state kept."""
+    if not isinstance(transform, optax.GradientTransformation):
+        raise TypeError(
+            f"`{name}` must be an optax transformation, such as "
+            f"`optax.clip_by_global_norm(1.0)`, got {transform!r}."
+        )
+    state = jax.eval_shape(transform.init, params)
+    if jax.tree.leaves(state):
+        raise ValueError(
+            f"`{name}` must be stateless, got one with the state {state}. Chain it "
+            "before `ivon_jax.ivon` instead."
+        )

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _checks
 from .._distributions.gaussian import Posterior
 from .._distributions.parts import joint
+from . import validity
 from .state import find_states, nodes
 
 
@@ -35,7 +35,7 @@ def mean(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
     Raises:
       ValueError: `params` is not the tree that the state was made for, or a state.
     """
-    _checks.params_before_state(find_states(params))
+    validity.params_before_state(find_states(params))
 
     def first(param, *means):
         _one_owner(param, *(m is not None for m in means))
@@ -138,9 +138,9 @@ def sample(
 
 def _joint(params, opt_state, read):
     """What ``read(state)`` says of each array, from the one state that owns it."""
-    _checks.params_before_state(find_states(params))
+    validity.params_before_state(find_states(params))
     states = find_states(opt_state)
-    _checks.some_state(states, opt_state)
+    validity.some_state(states, opt_state)
     parts = [read(state) for state in states]
     jax.tree.map(_one_owner, params, *(part.trained for part in parts))
     return joint(parts)

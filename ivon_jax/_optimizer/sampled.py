@@ -8,7 +8,9 @@ import optax
 
 from .. import _checks
 from .._arrays.dtypes import wide_dtype
-from .estimate import Estimate
+from .._arrays.trees import like
+from . import validity
+from .estimate import Estimate, check_transformation
 from .posterior import posterior
 from .state import SampledState, find_states
 
@@ -65,7 +67,7 @@ def sampled(
         has no IVON, is `sampled` itself, or has `optax.MultiSteps`, which belongs
         around.
     """
-    _checks.transformation(
+    check_transformation(
         "tx", tx, "ivon_jax.sampled(ivon_jax.ivon(...), jax.random.key(0))"
     )
     key = _checks.random_key("key", key)
@@ -75,7 +77,7 @@ def sampled(
     def init(params):
         mean = jax.tree.map(_mean_of, params)
         inner_state = tx.init(mean)
-        _checks.inside_sampled(inner_state, find_states(inner_state), SampledState)
+        validity.inside_sampled(inner_state, find_states(inner_state))
         return SampledState(
             count=jnp.zeros([], jnp.int32),
             key=jnp.copy(jax.random.key_data(key)),
@@ -99,7 +101,7 @@ def sampled(
         return _Draw(theta, at_mean)
 
     def update(grads, state, params=None, **extra_args):
-        params = _checks.params_of_sampled(params, grads, state.mean)
+        params = validity.params_of_sampled(params, grads, state.mean)
         theta, at_mean = current(params, state)
         if not _has_curvature(grads, extra_args):
             extra_args |= {"sample": theta, "at_mean": at_mean}
@@ -145,7 +147,7 @@ def _like_mean(grads, mean):
         floating = jnp.issubdtype(jnp.result_type(grad), jnp.floating)
         return jnp.asarray(grad, mean.dtype) if floating else grad
 
-    grads = _checks.like("grads", grads, "`params`", mean)
+    grads = like("grads", grads, "`params`", mean)
     return jax.tree.map(cast, grads, mean)
 
 

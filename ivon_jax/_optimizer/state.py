@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _checks
+from .._arrays.trees import is_masked, like
 from .._distributions import gaussian
 from .._distributions.gaussian import Posterior
 
@@ -70,7 +70,7 @@ class IVONState(NamedTuple):
                 "`opt_state` must be one state, got a batch of shape "
                 f"{jnp.shape(self.ess)}. Call under `jax.vmap`."
             )
-        _checks.like("params", params, "the optimizer's state", self.hess)
+        like("params", params, "the optimizer's state", self.hess)
 
 
 class SampledState(NamedTuple):
@@ -83,7 +83,7 @@ class SampledState(NamedTuple):
 
     def mean_of(self, params: optax.Params) -> optax.Params:
         """Return the mean of what it owns, None for the rest of `params`."""
-        _checks.like("params", params, "the optimizer's state", self.mean)
+        like("params", params, "the optimizer's state", self.mean)
         return owned(self.mean, params)
 
 
@@ -102,9 +102,9 @@ def owned(tree, params):
     """`tree` with None in the place of each parameter that it leaves out."""
 
     def value(x, param):
-        return jax.tree.map(lambda _: None, param) if _checks.is_masked(x) else x
+        return jax.tree.map(lambda _: None, param) if is_masked(x) else x
 
-    return jax.tree.map(value, tree, params, is_leaf=_checks.is_masked)
+    return jax.tree.map(value, tree, params, is_leaf=is_masked)
 
 
 def nodes(opt_state, method):

@@ -8,8 +8,10 @@ import optax
 
 from .. import _checks, _rules
 from .._arrays.dtypes import wide_full_like
+from .._arrays.trees import like
 from .._distributions.gaussian import Posterior
 from .._distributions.parts import over
+from . import validity
 from .estimate import Estimate
 from .state import IVONState, check_settings
 
@@ -147,10 +149,17 @@ def ivon(
       Algorithm 1 and appendix A, https://arxiv.org/abs/2402.17641
     """
     if not callable(learning_rate):
-        learning_rate = _checks.non_negative("learning_rate", learning_rate)
-        _checks.arguments_in_order(learning_rate, ess)
-    hess_init = _checks.bounded("hess_init", hess_init, *HESS_RANGE)
-    weight_decay = _checks.bounded("weight_decay", weight_decay, 0.0, HESS_RANGE[1])
+        learning_rate = _checks.number(
+            "learning_rate", learning_rate, _checks.NON_NEGATIVE
+        )
+        validity.arguments_in_order(learning_rate, ess)
+    hess_init = _in_range("hess_init", hess_init, *HESS_RANGE)
+    weight_decay = _checks.number(
+        "weight_decay",
+        weight_decay,
+        _checks.NON_NEGATIVE,
+        _checks.at_most(HESS_RANGE[1]),
+    )
     if clip_radius is not None:
         clip_radius = _checks.positive("clip_radius", clip_radius)
     steps = [_preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius)]
@@ -167,11 +176,16 @@ def ivon(
 
 def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=None):
     """Algorithm 1 without its learning rate; directions are float32 or wider."""
-    ess = _checks.bounded("ess", ess, *ESS_RANGE)
-    hess_init = _checks.bounded("hess_init", hess_init, *HESS_RANGE)
-    b1 = _checks.decay_rate("b1", b1)
-    b2 = _checks.decay_rate("b2", b2)
-    weight_decay = _checks.bounded("weight_decay", weight_decay, 0.0, HESS_RANGE[1])
+    ess = _in_range("ess", ess, *ESS_RANGE)
+    hess_init = _in_range("hess_init", hess_init, *HESS_RANGE)
+    b1 = _checks.number("b1", b1, _checks.DECAY_RATE)
+    b2 = _checks.number("b2", b2, _checks.DECAY_RATE)
+    weight_decay = _checks.number(
+        "weight_decay",
+        weight_decay,
+        _checks.NON_NEGATIVE,
+        _checks.at_most(HESS_RANGE[1]),
+    )
     _check_prior(prior, weight_decay)
 
     settings = {
@@ -204,7 +218,7 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=Non
         return {name: new(name, value) for name, value in settings.items()}
 
     def init(params):
-        _checks.floating_leaves(params)
+        validity.floating_leaves(params)
         return IVONState(
             count=jnp.zeros([], jnp.int32),
             momentum=jax.tree.map(lambda p: wide_full_like(p, 0.0), params),
@@ -215,7 +229,7 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=Non
 
     def update(grads, state, params=None, *, sample=None, hess=None, **extra_args):
         at_mean = extra_args.get("at_mean")  # of `sampled` alone
-        _checks.same_kind_of_prior(prior, state)
+        validity.same_kind_of_prior(prior, state)
         check_settings(state)
         _check_clip(state, clip_radius)
         estimate = _estimate(grads, state, params, sample, hess, at_mean)
@@ -252,27 +266,27 @@ def _distance(params, prior):
 
 def _estimate(grads, state, params, sample, hess, at_mean=None):
     """Gradient and Hessian estimate, from whichever way `update` was told them."""
-    _checks.has_params(params)
-    _checks.like("params", params, "the optimizer's state", state.hess)
-    _checks.one_curvature(sample, hess, grads, Estimate)
+    validity.has_params(params)
+    like("params", params, "the optimizer's state", state.hess)
+    validity.one_curvature(sample, hess, grads)
     if isinstance(grads, Estimate):
         grads, hess = grads.opened()
-    grads = _checks.like("grads", grads, "`params`", params)
+    grads = like("grads", grads, "`params`", params)
     if sample is not None:
-        sample = _checks.like("sample", sample, "`params`", params)
-        _checks.a_draw(sample, params)
+        sample = like("sample", sample, "`params`", params)
+        validity.a_draw(sample, params)
         hess = state.posterior_of(params).hess_estimate(grads, sample)
         if at_mean is not None:  # a gradient there tells nothing of h: it stays
             hess = jax.tree.map(lambda *x: jnp.where(at_mean, *x), state.hess, hess)
         return grads, hess
-    return grads, _checks.like("hess", hess, "`params`", params)
+    return grads, like("hess", hess, "`params`", params)
 
 
 def _in_params_dtype(tx):
     """Round the updates of `tx` to the parameters' dtypes, once, at the end."""
 
     def update(grads, state, params=None, **extra_args):
-        _checks.own_state(state, IVONState)
+        validity.own_state(state)
         updates, state = tx.update(grads, state, params, **extra_args)
         return optax.tree.cast_like(updates, params), state
 
@@ -317,3 +331,12 @@ def _check_clip(state, clip_radius):
             f"one, and `ivon` now has {now} `clip_radius`. Call `tx.init(params)`, or "
             "`state._replace(clip_radius=...)`."
         )
+
+
+def _weight_decay(value):
+    most = _checks.at_most(HESS_RANGE[1])
+    return _checks.number("weight_decay", value, _checks.NON_NEGATIVE, most)
+
+
+def _in_range(name, value, low, high):
+    return _checks.positive(name, value, _checks.at_least(low), _checks.at_most(high))

@@ -183,7 +183,7 @@ def advice(numbers: Mapping[str, jax.typing.ArrayLike]) -> list[str]:
     Raises:
       TypeError, ValueError: a number is none, or not known yet.
     """
-    values = {name: _checks.measured(name, value) for name, value in numbers.items()}
+    values = {name: _measured(name, value) for name, value in numbers.items()}
     found = [
         sentence
         for name, lowest, highest, sentence in HEALTHY
@@ -251,7 +251,7 @@ def measure(
     if loss_fn is not None:
         _checks.function("loss_fn", loss_fn)
         _checks.integer_between("num_samples", num_samples, 2)
-        _checks.has_key(key)
+        _check_key(key)
         key = _checks.random_key("key", key)
 
     def run(params, opt_state, key):
@@ -280,9 +280,9 @@ def _settings(hess_init, b2, b1, clip_radius):
     if hess_init is not None:
         given["hess_init"] = _checks.positive("hess_init", hess_init)
     if b2 is not None:
-        given["one_minus_b2"] = 1.0 - _checks.decay_rate("b2", b2)
+        given["one_minus_b2"] = 1.0 - _checks.number("b2", b2, _checks.DECAY_RATE)
     if b1 is not None:
-        given["b1"] = _checks.decay_rate("b1", b1)
+        given["b1"] = _checks.number("b1", b1, _checks.DECAY_RATE)
     if clip_radius is not None:
         given["clip_radius"] = _checks.positive("clip_radius", clip_radius)
     return given
@@ -295,3 +295,27 @@ def _check_some_entries(groups):
             "`params` must have an entry that IVON trains, got none: its arrays are "
             "empty, or all left out with `optax.masked`."
         )
+
+
+def _check_key(key):
+    """Reject samples without randomness."""
+    if key is None:
+        raise ValueError(
+            "`key` must be a JAX random key where `loss_fn` is given, got None. Pass "
+            "`key=jax.random.key(0)`, a new one for each call."
+        )
+
+
+def _measured(name, value):
+    """Return a number of `diagnostics.measure` as a Python float."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"`numbers` must be known, got a tracer for {name!r}. Call "
+            "`diagnostics.advice` on what a jitted `diagnostics.measure` returned."
+        )
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"`numbers` must be scalars, those of one run, got shape {jnp.shape(value)}"
+            f" for {name!r}."
+        )
+    return float(value)

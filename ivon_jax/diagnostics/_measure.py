@@ -190,7 +190,7 @@ def of_loss(groups, params, opt_state, loss_fn, keys):
     has_hess = all(x.hess is not None for x in arrays)
 
     def loss(theta):
-        return _checks.one_loss(loss_fn(theta))
+        return _checks.scalar_loss(loss_fn(theta))
 
     def corrections(hess_hats):
         hess_hats = iter(hess_hats)

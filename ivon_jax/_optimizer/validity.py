@@ -1,17 +1,22 @@
-"""Optimizer states: what `update` is given, and finding IVON in them."""
+"""Errors about training: what `init` and `update` are given, and where a state is."""
+
+import numbers
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .trees import like
+from .. import _checks
+from .._arrays.trees import leaf_in_words, like
+from .estimate import Estimate
+from .state import IVONState, SampledState
 
 
-def one_curvature(sample, hess, grads, estimate_type):
+def one_curvature(sample, hess, grads):
     """Reject an update that has no source for the Hessian, or several."""
     sources = {"sample": sample, "hess": hess, "an `Estimate` for `grads`": None}
-    if isinstance(grads, estimate_type):
+    if isinstance(grads, Estimate):
         sources["an `Estimate` for `grads`"] = grads
     given = [name for name, source in sources.items() if source is not None]
     if len(given) != 1:
@@ -34,27 +39,6 @@ LOST = (
 )
 
 
-def unbroken(seal, expected):
-    """Return whether an estimate is as it was made; an error where it is known not."""
-    if seal is None:
-        return True
-    known = isinstance(seal, np.ndarray) or (
-        not isinstance(seal, jax.core.Tracer) and seal.is_fully_addressable
-    )
-    xp = np if known else jnp
-    seal = xp.asarray(seal, np.float32)
-    (large, zero), (one, _) = (xp.moveaxis(x, -1, 0) for x in (seal, expected))
-    whole = xp.all(xp.abs(large / one[0] - 1.0) < 1e-3) & xp.all(zero == 0.0)
-    if known and not whole:
-        raise ValueError(
-            "`estimate` must reach IVON as it was made, got one that was changed as if "
-            "its two halves were one gradient, such as by a transformation before IVON "
-            "in a chain. Call `estimate.update(tx, opt_state, params)`, which keeps "
-            "them apart."
-        )
-    return whole
-
-
 def has_params(params):
     """Reject an update without the mean."""
     if params is None:
@@ -64,16 +48,7 @@ def has_params(params):
         )
 
 
-def transformation(name, tx, call):
-    """Reject what is no optimizer, arguments in the wrong order above all."""
-    if not (callable(getattr(tx, "init", None)) and hasattr(tx, "update")):
-        raise TypeError(
-            f"`{name}` must be an optax transformation, got {type(tx).__name__}. Call "
-            f"`{call}`."
-        )
-
-
-def inside_sampled(inner_state, ivon_states, sampled_type):
+def inside_sampled(inner_state, ivon_states):
     """Reject transformations that `sampled` would train wrongly, without a word."""
     if not ivon_states:
         raise ValueError(
@@ -81,7 +56,7 @@ def inside_sampled(inner_state, ivon_states, sampled_type):
             "none: there is nothing to sample. Pass another optimizer as it is."
         )
     wrong = {
-        sampled_type: "it is `ivon_jax.sampled` already. Call that once, outermost",
+        SampledState: "it is `ivon_jax.sampled` already. Call that once, outermost",
         optax.MultiStepsState: (
             "a sample must stay until its gradients are all there. Put it around, "
             "`optax.MultiSteps(ivon_jax.sampled(tx, key), every_k_schedule)`"
@@ -126,28 +101,6 @@ def a_draw(sample, params):
             )
 
 
-def nnx_arguments(call, model, optimizer):
-    """Reject an NNX model and its optimizer in each other's place, or in the key's."""
-    if not (hasattr(optimizer, "opt_state") and hasattr(optimizer, "wrt")):
-        name, value, kind = "optimizer", optimizer, "an `nnx.Optimizer`"
-    elif hasattr(model, "opt_state") or isinstance(model, (jax.Array, np.ndarray)):
-        name, value, kind = "model", model, "an NNX module"
-    else:
-        return
-    raise TypeError(
-        f"`{name}` must be {kind}, got {type(value).__name__}. The order is `{call}`."
-    )
-
-
-def one_state(state):
-    """Reject a batch of states, which would broadcast along the wrong axes."""
-    if jnp.shape(state.ess):
-        raise ValueError(
-            "`opt_state` must be one state, got a batch of shape "
-            f"{jnp.shape(state.ess)}. Call under `jax.vmap`."
-        )
-
-
 def params_before_state(states_in_params):
     """Reject parameters and state in each other's place."""
     if states_in_params:
@@ -169,11 +122,11 @@ def some_state(states, opt_state):
     )
 
 
-def own_state(state, state_type):
+def own_state(state):
     """Reject an update of what IVON never made."""
 
     def own(node):
-        return isinstance(node, state_type)
+        return isinstance(node, IVONState)
 
     if not any(map(own, jax.tree.leaves(state, is_leaf=own))):
         raise ValueError(
@@ -210,13 +163,33 @@ def same_kind_of_prior(prior, state):
         )
 
 
-def one_owner(param, *precisions):
-    """Return the precision of the one state that owns `param`, None where none does."""
-    owned = [precision for precision in precisions if precision is not None]
-    if len(owned) > 1:
+def arguments_in_order(learning_rate, ess):
+    """Reject a learning rate and a number of examples in each other's place."""
+    known = not callable(learning_rate)
+    rate = _checks.scalar("learning_rate", learning_rate)[1] if known else None
+    size = 1.0 if callable(ess) else _checks.scalar("ess", ess)[1]
+    if None not in (rate, size) and rate >= 10.0 and 0.0 < size <= 1.0:
         raise ValueError(
-            f"`opt_state` must have one IVON state for each parameter, got "
-            f"{len(owned)} for a parameter of shape {jnp.shape(param)}. Keep them "
-            "apart with `optax.partition`."
+            "`learning_rate` must come first, then `ess`, the number of examples, got "
+            f"{learning_rate} and {ess}. Call `ivon(learning_rate=..., ess=...)`."
         )
-    return owned[0] if owned else None
+
+
+def floating_leaves(params):
+    """Reject parameters that no Gaussian can have, whole modules among them."""
+    if params is None:
+        raise TypeError("`params` must be a tree of arrays, got None.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+            got = leaf_in_words(leaf)
+        elif not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            got = jnp.result_type(leaf)
+        else:
+            continue
+        raise TypeError(
+            f"`params` must be real floating-point arrays, got {got} at "
+            f"params{jax.tree_util.keystr(path)}. Leave it out: "
+            "`nnx.state(model, nnx.Param)` are the parameters of an NNX module, "
+            "`eqx.filter(model, eqx.is_inexact_array)` those of an Equinox module. In "
+            "other trees use `optax.masked` or `optax.partition`."
+        )

@@ -1,7 +1,9 @@
-"""Where two trees differ first, in a few lines, and what to pass instead."""
+"""Trees that must be like others: filled, compared, and what differs in words."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 NOTHING = object()
 REMEDIES = (
@@ -17,6 +19,67 @@ REMEDIES = (
         "`tx.init`.",
     ),
 )
+
+
+def is_masked(node):
+    """Whether `node` stands for parameters that `optax.masked` took away."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def like(name, tree, reference_name, reference):
+    """Return `tree` with the structure, masks included, and shapes of `reference`."""
+    try:
+        tree = jax.tree.map(
+            lambda p, x: p if is_masked(p) else x, reference, tree, is_leaf=is_masked
+        )
+        same = jax.tree.structure(tree) == jax.tree.structure(reference)
+    except ValueError:
+        same = False
+    if not same:
+        raise ValueError(
+            f"`{name}` must have the tree structure of {reference_name}, "
+            + difference(name, tree, reference_name, reference)
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(reference)
+    for (path, p), x in zip(leaves, jax.tree.leaves(tree), strict=True):
+        if jnp.shape(x) != jnp.shape(p):
+            raise ValueError(
+                f"`{name}` must have the shapes of {reference_name}, got "
+                f"{jnp.shape(x)} at {name}{jax.tree_util.keystr(path)}, where "
+                f"{reference_name} has {jnp.shape(p)}."
+            )
+    return tree
+
+
+def is_mask(mask, tree):
+    """Whether `mask` is a tree, not a function to call for one."""
+    structure = jax.tree.structure(mask)
+    if not callable(mask):
+        return True
+    if jax.tree_util.treedef_is_leaf(structure):
+        return False
+    try:
+        structure.flatten_up_to(tree)
+    except ValueError:
+        return False
+    return True
+
+
+def mask_of(name, mask, tree):
+    """Return a tree of booleans like `tree` from one that may be a prefix of it."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
+        if not isinstance(leaf, (bool, np.bool_)):
+            raise TypeError(
+                f"`{name}` must have leaves True or False, got {leaf!r} at "
+                f"{name}{jax.tree_util.keystr(path)}."
+            )
+    try:
+        return jax.tree.map(lambda k, t: jax.tree.map(lambda _: k, t), mask, tree)
+    except ValueError:
+        raise ValueError(
+            f"`{name}` must be a tree prefix of the posterior's mean, "
+            + difference(name, mask, "the mean", tree, prefix=True)
+        ) from None
 
 
 def difference(name, tree, reference_name, reference, prefix=False):

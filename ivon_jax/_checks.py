@@ -1,4 +1,4 @@
-"""Scalars and settings: numbers, counts, dtypes, choices, axes.
+"""Errors that many rooms raise: about numbers, keys, functions and distributions.
 
 A number that is a Python or NumPy number comes back as a Python float; one that is a
 JAX array comes back as it is, checked unless it is a tracer (``jit``, ``vmap``).
@@ -6,83 +6,50 @@ JAX array comes back as it is, checked unless it is a tracer (``jit``, ``vmap``)
 
 import math
 import numbers
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def positive(name, value):
-    """Return a scalar that is positive and finite, also in the default float dtype."""
-    scalar, number = _scalar(name, value)
-    if number is not None and not number > 0:
-        raise ValueError(f"`{name}` must be positive, got {value}.")
+class Limit(NamedTuple):
+    """What a number must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Limit("positive", lambda x: x > 0)
+NON_NEGATIVE = Limit("non-negative", lambda x: x >= 0)
+DECAY_RATE = Limit("in [0, 1)", lambda x: 0 <= x < 1)
+FRACTION = Limit("in [0, 1]", lambda x: 0 <= x <= 1)
+
+
+def at_least(low):
+    """Return the limit of numbers from `low` on."""
+    return Limit(f"at least {low:.2g}", lambda x: x >= low)
+
+
+def at_most(high):
+    """Return the limit of numbers up to `high`."""
+    return Limit(f"at most {high:.2g}", lambda x: x <= high)
+
+
+def number(name, value, *limits):
+    """Return a finite real scalar, within these limits where it is known."""
+    result, known_value = scalar(name, value)
+    for limit in limits:
+        if known_value is not None and not limit.holds(known_value):
+            raise ValueError(f"`{name}` must be {limit.words}, got {value}.")
+    return result
+
+
+def positive(name, value, *limits):
+    """Return a positive scalar, also in the default float dtype."""
     tiny = float(jnp.finfo(jnp.result_type(float)).tiny)
-    if number is not None and number < tiny:
-        raise ValueError(f"`{name}` must be at least {tiny:.2g}, got {value}.")
-    return scalar
-
-
-def non_negative(name, value):
-    """Return a scalar that is finite and at least zero."""
-    scalar, number = _scalar(name, value)
-    if number is not None and not number >= 0:
-        raise ValueError(f"`{name}` must be non-negative, got {value}.")
-    return scalar
-
-
-def bounded(name, value, low, high):
-    """Return a scalar in [low, high], which are positive, or zero where low is."""
-    check = positive if low else non_negative
-    scalar = check(name, value)
-    number = _scalar(name, scalar)[1]
-    if number is not None and number < low:
-        raise ValueError(f"`{name}` must be at least {low:.2g}, got {value}.")
-    if number is not None and number > high:
-        raise ValueError(f"`{name}` must be at most {high:.2g}, got {value}.")
-    return scalar
-
-
-def arguments_in_order(learning_rate, ess):
-    """Reject a learning rate and a number of examples in each other's place."""
-    known = not callable(learning_rate)
-    rate = _scalar("learning_rate", learning_rate)[1] if known else None
-    size = 1.0 if callable(ess) else _scalar("ess", ess)[1]
-    if None not in (rate, size) and rate >= 10.0 and 0.0 < size <= 1.0:
-        raise ValueError(
-            "`learning_rate` must come first, then `ess`, the number of examples, got "
-            f"{learning_rate} and {ess}. Call `ivon(learning_rate=..., ess=...)`."
-        )
-
-
-def decay_rate(name, value):
-    """Return a scalar in [0, 1)."""
-    scalar, number = _scalar(name, value)
-    if number is not None and not 0 <= number < 1:
-        raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
-    return scalar
-
-
-def fraction(name, value):
-    """Return a scalar in [0, 1], as a Python float where it is known."""
-    scalar, number = _scalar(name, value)
-    if number is not None and not 0 <= number <= 1:
-        raise ValueError(f"`{name}` must be in [0, 1], got {value}.")
-    return scalar if number is None else number
-
-
-def fractions(name, value):
-    """Return numbers in [0, 1] along one axis."""
-    array = jnp.asarray(value, dtype=float)
-    if array.ndim != 1 or not array.size:
-        raise ValueError(
-            f"`{name}` must be a list of at least one number, got shape {array.shape}."
-        )
-    low, high = extremes(array) or (0, 1)
-    if not 0 <= low <= high <= 1:
-        bad = high if low >= 0 else low
-        raise ValueError(f"`{name}` must be in [0, 1], got {bad}.")
-    return array
+    return number(name, value, POSITIVE, at_least(tiny), *limits)
 
 
 def boolean(name, value):
@@ -101,52 +68,12 @@ def integer_between(name, value, low, high=math.inf):
         raise ValueError(f"`{name}` must be {limits}, got {value}.")
 
 
-def floating_dtype(name, value):
-    """Return a floating-point dtype."""
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError:
-        dtype = None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"`{name}` must be a floating-point dtype such as `jnp.bfloat16`, got "
-            f"{value!r}."
-        )
-    return dtype
-
-
 def choice(name, value, allowed):
     """Return one of a closed set of strings."""
     if value not in allowed:
         options = " or ".join(f'"{option}"' for option in allowed)
         raise ValueError(f"`{name}` must be {options}, got {value!r}.")
     return value
-
-
-def has_axis(name, axis_name):
-    """Reject what is about several devices where there is no axis of them."""
-    if axis_name is None:
-        raise ValueError(f"`{name}` needs `axis_name`, the axis to reduce over.")
-
-
-def axis_index(axis_name):
-    """Return this device's index along a mapped axis."""
-    try:
-        return jax.lax.axis_index(axis_name)
-    except NameError:
-        raise ValueError(
-            f"`axis_name` must be bound by a map around the call, got {axis_name!r}. "
-            "Call inside `jax.shard_map` or `jax.pmap` with that axis name."
-        ) from None
-
-
-def has_key(key):
-    """Reject samples without randomness."""
-    if key is None:
-        raise ValueError(
-            "`key` must be a JAX random key where `loss_fn` is given, got None. Pass "
-            "`key=jax.random.key(0)`, a new one for each call."
-        )
 
 
 def random_key(name, value):
@@ -179,19 +106,96 @@ def shape(name, value):
     return tuple(int(size) for size in value)
 
 
-def measured(name, value):
-    """Return a number of `diagnostics.measure` as a Python float."""
-    if isinstance(value, jax.core.Tracer):
+def function(name, value):
+    """Reject what cannot be called."""
+    if not callable(value):
         raise TypeError(
-            f"`numbers` must be known, got a tracer for {name!r}. Call "
-            "`diagnostics.advice` on what a jitted `diagnostics.measure` returned."
+            f"`{name}` must be a function of the parameters, got "
+            f"{type(value).__name__}. Pass `lambda theta: apply(theta, x)`."
+        )
+
+
+def arguments(name, value):
+    """Reject an array in the place of a tuple, whose rows would be the arguments."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(
+            f"`{name}` must be a tuple of arguments, got {type(value).__name__}. Of "
+            f"one argument, pass `{name}=(x,)`."
+        )
+
+
+def arrays(name, value):
+    """Return a pytree that has arrays, and nothing else."""
+    leaves = jax.tree_util.tree_leaves_with_path(value)
+    if not leaves:
+        raise TypeError(
+            f"`{name}` must be an array or a pytree of arrays, got {_short(value)}. "
+            "Does the function return its result?"
+        )
+    for path, leaf in leaves:
+        where = f" at {name}{jax.tree_util.keystr(path)}" if path else ""
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float)):
+            raise TypeError(
+                f"`{name}` must be an array or a pytree of arrays, got "
+                f"{type(leaf).__name__}{where}. Return the predictions alone."
+            )
+    return value
+
+
+def _short(value):
+    """A value that fits on a line, or its type."""
+    text = repr(value)
+    return text if len(text) <= 40 else type(value).__name__
+
+
+def loss_and_aux(value, has_aux):
+    """Return loss and aux of what a loss function returned, None for no aux."""
+    hint = "Pass `has_aux=True` if it returns (loss, aux)."
+    if not has_aux:
+        return scalar_loss(value, hint), None
+    if not (isinstance(value, tuple) and len(value) == 2):
+        raise TypeError(
+            "`loss_fn` must return (loss, aux) with has_aux=True, got "
+            f"{type(value).__name__}."
+        )
+    loss, aux = value
+    return scalar_loss(loss, hint), aux
+
+
+def scalar_loss(value, hint="Drop what it returns besides."):
+    """Return a loss to which a gradient, and that of the mean, belongs."""
+    if value is None:
+        raise TypeError(
+            "`loss_fn` must return a scalar, the mean loss per example, got None. Does "
+            "it return its result?"
+        )
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic, numbers.Number)):
+        raise TypeError(
+            "`loss_fn` must return a scalar, the mean loss per example, got "
+            f"{type(value).__name__}. {hint}"
         )
     if jnp.shape(value) != ():
         raise ValueError(
-            f"`numbers` must be scalars, those of one run, got shape {jnp.shape(value)}"
-            f" for {name!r}."
+            "`loss_fn` must return a scalar, the mean loss per example, got shape "
+            f"{jnp.shape(value)}. Take its mean."
         )
-    return float(value)
+    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise TypeError(
+            "`loss_fn` must return a real floating-point scalar, got dtype "
+            f"{jnp.result_type(value)}. Has it been cast, or a real part not taken?"
+        )
+    return value
+
+
+def distribution(name, value, verb):
+    """Reject what does not offer `verb`, or has values of no distribution."""
+    if not hasattr(value, verb):
+        raise TypeError(
+            f"`{name}` must be a Posterior, one Gaussian, got {type(value).__name__}. "
+            f"Pass `ivon_jax.{name}(params, opt_state)`."
+        )
+    if hasattr(value, "validate"):
+        value.validate()
 
 
 def extremes(array):
@@ -227,7 +231,7 @@ def least_and_greatest(x):
     return jnp.min(x), jnp.max(x)
 
 
-def _scalar(name, value):
+def scalar(name, value):
     """Return `value` for computing, and as a finite number where it is known."""
     if isinstance(value, np.ndarray) and not value.shape:
         value = value[()]

@@ -1,14 +1,11 @@
-"""Data and functions of it: probabilities, labels, examples, outputs, losses."""
-
-import numbers
+"""Errors about data: probabilities, labels, masks, examples and outputs."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from .. import _checks
 from .._arrays.dtypes import wide_dtype
-from .scalars import known, least_and_greatest
 
 
 def probabilities(name, probs):
@@ -36,7 +33,7 @@ def distributions(name, probs):
 
 def sum_to_one(name, probs, where=None):
     """Reject values that are no distributions over the last axis, where they count."""
-    least, low, high = known(_of_distributions, probs, where) or (0, 1, 1)
+    least, low, high = _checks.known(_of_distributions, probs, where) or (0, 1, 1)
     if least < 0:
         raise ValueError(
             f"`{name}` must be non-negative, got {least}. Softmax the logits."
@@ -78,7 +75,7 @@ def which_count(name, where, shape):
             f"`{name}` must broadcast to shape {shape}, one boolean for each example, "
             f"got {where.shape}."
         )
-    if known(_any, where) is False:
+    if _checks.known(_any, where) is False:
         raise ValueError(f"`{name}` must be true somewhere: no example would count.")
     return jnp.broadcast_to(where, shape)
 
@@ -133,7 +130,7 @@ def labels(name, labels, shape, num_classes, where=None, remedy=""):
             f"`{name}` must have shape {shape}, one label for each prediction, got "
             f"{labels.shape}.{remedy}"
         )
-    low, high = known(_of_labels, labels, where) or (0, 0)
+    low, high = _checks.known(_of_labels, labels, where) or (0, 0)
     if not 0 <= low <= high < num_classes:
         bad = low if low < 0 else high
         raise ValueError(
@@ -234,7 +231,7 @@ def scores(name, value, where=None):
         raise TypeError(f"`{name}` must be real numbers, got dtype {array.dtype}.")
     if jnp.issubdtype(array.dtype, jnp.integer):
         return _exact_floats(name, array, where)
-    missing = known(_count_nan, array, where)
+    missing = _checks.known(_count_nan, array, where)
     if missing:
         raise ValueError(
             f"`{name}` must be numbers, got NaN for {missing} of {array.size}. "
@@ -247,7 +244,9 @@ def _exact_floats(name, array, where):
     """Integers as floats, which keep their order up to a size."""
     floats = array.astype(float)
     largest = 2 ** (jnp.finfo(floats.dtype).nmant + 1)
-    low, high = (known(_counted_range, array, where) if array.size else None) or (0, 0)
+    low, high = (
+        _checks.known(_counted_range, array, where) if array.size else None
+    ) or (0, 0)
     if not -largest <= low <= high <= largest:
         bad = low if low < -largest else high
         raise ValueError(
@@ -260,7 +259,9 @@ def _exact_floats(name, array, where):
 
 @jax.jit
 def _counted_range(array, where):
-    return least_and_greatest(array if where is None else jnp.where(where, array, 0))
+    return _checks.least_and_greatest(
+        array if where is None else jnp.where(where, array, 0)
+    )
 
 
 @jax.jit
@@ -273,68 +274,3 @@ def not_empty(name, *arrays):
     """Reject arrays without a single entry."""
     if not sum(array.size for array in arrays):
         raise ValueError(f"`{name}` must have at least one entry, got none.")
-
-
-def scalar_loss(value, has_aux):
-    """Reject a loss to which no gradient, or not that of the mean, belongs."""
-    if has_aux and not (isinstance(value, tuple) and len(value) == 2):
-        raise TypeError(
-            "`loss_fn` must return (loss, aux) with has_aux=True, got "
-            f"{type(value).__name__}."
-        )
-    loss = value[0] if has_aux else value
-    _mean_loss(loss, "Pass `has_aux=True` if it returns (loss, aux).")
-
-
-def one_loss(value):
-    """Return a loss that is a scalar and nothing else."""
-    return _mean_loss(value, "Drop what it returns besides.")
-
-
-def _mean_loss(value, hint):
-    """Return a real scalar."""
-    if value is None:
-        raise TypeError(
-            "`loss_fn` must return a scalar, the mean loss per example, got None. Does "
-            "it return its result?"
-        )
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic, numbers.Number)):
-        raise TypeError(
-            "`loss_fn` must return a scalar, the mean loss per example, got "
-            f"{type(value).__name__}. {hint}"
-        )
-    if jnp.shape(value) != ():
-        raise ValueError(
-            "`loss_fn` must return a scalar, the mean loss per example, got shape "
-            f"{jnp.shape(value)}. Take its mean."
-        )
-    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        raise TypeError(
-            "`loss_fn` must return a real floating-point scalar, got dtype "
-            f"{jnp.result_type(value)}. Has it been cast, or a real part not taken?"
-        )
-    return value
-
-
-def loss_of_prediction(value):
-    """Reject a loss that is no scalar for one prediction."""
-    if jnp.shape(one_array("loss(outputs, y)", value)) != ():
-        raise ValueError(
-            "`loss(outputs, y)` must be a scalar, the loss of one prediction, got "
-            f"shape {value.shape}. Sum it over the outputs."
-        )
-
-
-def stateless(name, transform, params):
-    """Reject what is no optax transformation, or one that would need its state kept."""
-    if not isinstance(transform, optax.GradientTransformation):
-        raise TypeError(
-            f"`{name}` must be an optax transformation, such as "
-            f"`optax.clip_by_global_norm(1.0)`, got {transform!r}."
-        )
-    state = jax.eval_shape(transform.init, params)
-    if jax.tree.leaves(state):
-        raise ValueError(
-            f"`{name}` must be stateless, got one with the state {state}. Chain it "
-            "before `ivon_jax.ivon` instead."
-        )
