@@ -64,10 +64,7 @@ TESTS = {  # for each module the files that must notice; its doctests come first
 }
 EVERY_KIND = "_rules.", *(f"_optimizer.gradients._{x}" for x in ("re", "sq", "ga"))
 EQUIVALENT = {  # name of a mutant: why no test can notice it
-    "_optimizer.gradients._per_device.vary: mean + jnp.zeros_like(index, "
-    "jnp.result_type(mean)) -> (mean) - (jnp.zeros_like(index, "
-    "jnp.result_type(mean)))": "added for their type alone",
-    "_optimizer.transform._prior_of: return Posterior(params, params) -> nan": (
+    "_distributions.parts.over: return Posterior(params, params) -> nan": (
         "it has no leaves"
     ),
     "_arrays.loops.scan_mean.start: return _Sum(zero, zero if _averaged(zero) and "

@@ -154,12 +154,7 @@ def ivon(
         )
         validity.arguments_in_order(learning_rate, ess)
     hess_init = _in_range("hess_init", hess_init, *HESS_RANGE)
-    weight_decay = _checks.number(
-        "weight_decay",
-        weight_decay,
-        _checks.NON_NEGATIVE,
-        _checks.at_most(HESS_RANGE[1]),
-    )
+    weight_decay = _weight_decay(weight_decay)
     if clip_radius is not None:
         clip_radius = _checks.positive("clip_radius", clip_radius)
     steps = [_preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius)]
@@ -180,12 +175,7 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=Non
     hess_init = _in_range("hess_init", hess_init, *HESS_RANGE)
     b1 = _checks.number("b1", b1, _checks.DECAY_RATE)
     b2 = _checks.number("b2", b2, _checks.DECAY_RATE)
-    weight_decay = _checks.number(
-        "weight_decay",
-        weight_decay,
-        _checks.NON_NEGATIVE,
-        _checks.at_most(HESS_RANGE[1]),
-    )
+    weight_decay = _weight_decay(weight_decay)
     _check_prior(prior, weight_decay)
 
     settings = {
