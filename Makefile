@@ -17,6 +17,7 @@ mutants: .venv/test.installed
 lint: .venv/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # Other people's trainers and tools, in a folder of their own: hundreds of megabytes.
 # HEAVY="keras brax" also installs and tests these; see tests/clients/test_heavy.py.

@@ -137,9 +137,9 @@ def sample(key: jax.Array, model: Model, optimizer: nnx.Optimizer) -> Model:
       ValueError: no IVON state is in the optimizer.
     """
     _check_arguments("sample(key, model, optimizer)", model, optimizer)
-    graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
+    graphdef, params, *rest = nnx.split(model, optimizer.wrt, ...)
     opt_state = arrays(optimizer.opt_state)
-    return nnx.merge(graphdef, readers.sample(key, arrays(params), opt_state), rest)
+    return nnx.merge(graphdef, readers.sample(key, arrays(params), opt_state), *rest)
 
 
 def mean(model: Model, optimizer: nnx.Optimizer) -> Model:
@@ -168,9 +168,9 @@ def mean(model: Model, optimizer: nnx.Optimizer) -> Model:
       the mean of parameters with few bits is float32.
     """
     _check_arguments("mean(model, optimizer)", model, optimizer)
-    graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
-    params = readers.mean(arrays(params), arrays(optimizer.opt_state))
-    return nnx.merge(graphdef, params, rest)
+    graphdef, params, *rest = nnx.split(model, optimizer.wrt, ...)
+    means = readers.mean(arrays(params), arrays(optimizer.opt_state))
+    return nnx.merge(graphdef, means, *rest)
 
 
 def value_and_grad(

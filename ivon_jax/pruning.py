@@ -84,9 +84,8 @@ def mask(scores: Any, sparsity: jax.typing.ArrayLike) -> Any:
     validity.not_empty("scores", *arrays)
     size = sum(x.size for x in arrays)
     kept = iter(_kept(arrays, _num_removed(sparsity, size)))
-    return structure.unflatten(
-        [jnp.asarray(True) if x is None else next(kept) for _, x in named]
-    )
+    masks = [jnp.asarray(True) if x is None else next(kept) for _, x in named]
+    return jax.tree.unflatten(structure, masks)
 
 
 def by_signal_to_noise(posterior: Posterior, sparsity: jax.typing.ArrayLike) -> Any:

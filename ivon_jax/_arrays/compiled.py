@@ -51,7 +51,9 @@ def call(run: Callable[..., Any], *args: Any, of: Callable[..., Any]) -> Any:
             changed[i] = value
         return run(*structure.unflatten(changed))
 
-    if jax.config.jax_disable_jit or _any_tracer(values):
+    # jax's configuration gets its names at run time.
+    disabled = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+    if disabled or _any_tracer(values):
         return run(*args)
     closed, shapes = jax.make_jaxpr(of_values, return_shape=True)(*values)
     if _any_tracer(closed.consts):

@@ -163,7 +163,8 @@ class Posterior(NamedTuple):
           ValueError, TypeError: `mask` does not fit, or has other leaves than booleans.
         """
         self.validate()
-        mask = mask if is_mask(mask, self.mean) else mask(self.mean)
+        if not is_mask(mask, self.mean):
+            mask = mask(self.mean)  # type: ignore[operator]  # no tree, so a function
         keep = mask_of("mask", mask, self.mean)
 
         def kept(_, precision, keep):
@@ -230,7 +231,7 @@ class Posterior(NamedTuple):
             sharding = in_type(mean)
             return normal(leaf_key, mean.shape, precision.dtype, out_sharding=sharding)
 
-        return _map(draw, self, structure.unflatten(keys))
+        return _map(draw, self, jax.tree.unflatten(structure, keys))
 
     def perturb(
         self, noise: optax.Params, dtype: jax.typing.DTypeLike | None = None

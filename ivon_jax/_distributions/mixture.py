@@ -89,7 +89,7 @@ class Mixture(NamedTuple):
         """
         index = _index_of(index, self.num_members)
         if isinstance(index, int) and not self._is_stacked:
-            return self.posteriors[index]
+            return self.posteriors[index]  # type: ignore[return-value]  # a sequence
         return jax.tree.map(lambda x: row(x, index), self.stacked)
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> optax.Params:

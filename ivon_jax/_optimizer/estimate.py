@@ -111,7 +111,8 @@ class Estimate(metaclass=_Shown):
         whole = _is_unbroken(self._seal, SEAL)
         structure = jax.tree.structure(self.grad)
         try:
-            hess = structure.flatten_up_to(self.hess)
+            # To mypy, jaxlib's PyTreeDef has no methods.
+            hess = structure.flatten_up_to(self.hess)  # type: ignore[attr-defined]
         except ValueError:
             return self.grad, self.hess  # another tree, which `update` will tell
 
@@ -122,8 +123,8 @@ class Estimate(metaclass=_Shown):
             known = jnp.isfinite(hess) & whole if fits else whole
             return jnp.where(known, grad, jnp.full_like(grad, jnp.nan))
 
-        leaves = structure.flatten_up_to(self.grad)
-        return structure.unflatten(map(seen, leaves, hess)), self.hess
+        leaves = map(seen, jax.tree.leaves(self.grad), hess)
+        return jax.tree.unflatten(structure, leaves), self.hess
 
     def tree_flatten_with_keys(self):
         """Return the parts with their names, for jax."""
@@ -147,7 +148,9 @@ def with_extra_args(
 ) -> optax.GradientTransformationExtraArgs:
     """Let `tx` take arguments of others; unlike optax, let `MultiSteps` see them."""
     if isinstance(tx, optax.MultiSteps):
-        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+        # It takes a state of its own kind, the protocol takes any.
+        update = tx.update
+        return optax.GradientTransformationExtraArgs(tx.init, update)  # type: ignore[arg-type]
     return optax.with_extra_args_support(tx)
 
 

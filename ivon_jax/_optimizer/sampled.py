@@ -116,7 +116,8 @@ def sampled(
         before = theta if params is None else params
         return jax.tree.map(_difference, draw(state).theta, before), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # In optax's protocol the first argument is `updates`; it is passed by position.
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
 
 
 def _mean_of(param):

@@ -25,7 +25,8 @@ from .._distributions.gaussian import Posterior
 class IVONState(NamedTuple):
     """What IVON remembers between steps; the mean is `params` itself."""
 
-    count: jax.Array  # (), int32: t, steps taken
+    # (), int32: t, steps taken; it hides tuple.count, as in optax's states
+    count: jax.Array  # type: ignore[assignment]
     ess: jax.Array  # (), default float dtype: lambda
     weight_decay: jax.Array  # (), default float dtype: delta
     momentum: optax.Updates  # shapes of params, float32 or wider: g
@@ -76,7 +77,8 @@ class IVONState(NamedTuple):
 class SampledState(NamedTuple):
     """What `sampled` remembers: the trainer's parameters are the sample."""
 
-    count: jax.Array  # (), int32: t, steps taken; at 0 the parameters are the mean
+    # (), int32: t, steps taken; at 0 the parameters are the mean. It hides tuple.count
+    count: jax.Array  # type: ignore[assignment]
     key: jax.Array  # raw data of the random key, uint32; each draw folds in its count
     mean: optax.Params  # shapes of params, float32 or wider: m
     inner_state: optax.OptState  # of the transformation with IVON in it

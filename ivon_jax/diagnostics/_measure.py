@@ -23,7 +23,7 @@ class Trained(NamedTuple):
     variance: jax.Array  # sigma^2
     delta: jax.Array  # from the prior's variance
     ess: jax.Array  # (), lambda
-    count: jax.Array  # (), t
+    count: jax.Array  # type: ignore[assignment]  # (), t; it hides tuple.count
     momentum: jax.Array | None  # g, if the optimizer has one, as h
     hess: jax.Array | None  # h
     spacings: tuple[float, float]  # of the dtypes of m and h
