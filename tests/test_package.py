@@ -59,6 +59,36 @@ def test_public_names_are_these(path):
     assert found == set(NAMES[path].split())
 
 
+def signatures(path):
+    """Of the functions and methods that a module defines for users, by name."""
+    module = importlib.import_module(path)
+    for name, value in vars(module).items():
+        if is_public(module, name, value):
+            members = vars(value) if inspect.isclass(value) else {"": value}
+            for part, member in members.items():
+                function = getattr(member, "fget", None) or inspect.unwrap(
+                    getattr(member, "__func__", member)
+                )
+                # Flax gives a dataclass more methods.
+                ours = getattr(function, "__module__", "").startswith("ivon_jax")
+                if ours and inspect.isfunction(function) and part[:1] != "_":
+                    yield f"{name}.{part}", inspect.signature(function)
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_public_signatures_have_types(path):
+    """Mypy leaves out what has none. jax calls ``tree_...``, users don't."""
+    for name, signature in signatures(path):
+        if ".tree_" not in name:
+            untyped = [
+                p.name
+                for p in signature.parameters.values()
+                if p.annotation is p.empty and p.name not in ("self", "cls")
+            ]
+            assert untyped == [], name
+            assert signature.return_annotation is not signature.empty, name
+
+
 def test_every_public_module_is_listed():
     files = {p.stem for p in (ROOT / "ivon_jax").iterdir() if p.name[0] not in "_."}
     modules = {name.rpartition(".")[2] for name in NAMES if "." in name}

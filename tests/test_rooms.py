@@ -7,6 +7,8 @@ prints them: each room on the lowest floor above all that it imports.
 
 import ast
 import pathlib
+import re
+import sys
 
 import pytest
 
@@ -81,6 +83,15 @@ def test_every_room_stands_above_what_it_imports():
     assert len(FLOORS) <= HIGHEST
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md"])
+def test_pages_show_these_floors(page):
+    text = (PACKAGE.parent / page).read_text()
+    lines = re.findall(r"^(\d)   (\S.*)$", text, re.MULTILINE)
+    for (number, line), floor in zip(lines, reversed(FLOORS), strict=True):
+        assert number == str(FLOORS.index(floor))
+        assert set(re.findall(r"(\w+)(?:\.py|/)", line)) == floor
+
+
 def test_flax_is_imported_in_one_room_alone():
     users = {
         path.name
@@ -93,8 +104,6 @@ def test_flax_is_imported_in_one_room_alone():
 
 def test_the_core_imports_jax_optax_and_the_standard_library():
     """NumPy comes with jax."""
-    import sys
-
     found = {n.split(".")[0] for p, s in modules().items() for n in imports(s, p)}
     outside = found - set(sys.stdlib_module_names)
     assert outside == {"ivon_jax", "jax", "optax", "numpy", "flax"}
