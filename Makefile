@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test mutants lint benchmark page
+.PHONY: quickstart test test-fast mutants lint clients benchmark page
 
 quickstart: .venv/examples.installed
 	$(BIN)/python examples/digits.py
 
 test: .venv/test.installed
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+# Without what takes more than some seconds. `make test`, and so CI, has all of it.
+test-fast: .venv/test.installed
+	$(BIN)/pytest -m "not slow" --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # Breaks the package in hundreds of places: an hour or more. ONLY="_rules metrics.accuracy" is quick.
 mutants: .venv/test.installed
