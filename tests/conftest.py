@@ -10,6 +10,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Whole files: processes of their own, eight devices, whole runs, scripts.
+SLOW = {
+    *("test_gpt2", "test_parallel", "test_resnet20", "test_resume", "test_studies"),
+    *("test_benchmarks", "test_examples", "test_readme", "test_saving"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what `make test-fast` leaves out."""
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker("slow")
+
+
 def pytest_generate_tests(metafunc):
     """Three random keys for what holds of draws on average, one for the rest."""
     marks = metafunc.definition.iter_markers("parametrize")
