@@ -51,8 +51,8 @@ def call(run: Callable[..., Any], *args: Any, of: Callable[..., Any]) -> Any:
             changed[i] = value
         return run(*structure.unflatten(changed))
 
-    # jax's configuration gets its names at run time.
-    disabled = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+    # Before jax 0.12, its configuration gets this name at run time.
+    disabled = jax.config.jax_disable_jit  # type: ignore[attr-defined, unused-ignore]
     if disabled or _any_tracer(values):
         return run(*args)
     closed, shapes = jax.make_jaxpr(of_values, return_shape=True)(*values)

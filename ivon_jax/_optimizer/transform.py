@@ -158,13 +158,15 @@ def ivon(
     if clip_radius is not None:
         clip_radius = _checks.positive("clip_radius", clip_radius)
     steps = [_preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius)]
+    # Of two numbers, optax 0.2.5 says float where arrays may be.
     if clip_radius is not None:
-        steps.append(optax.clip(clip_radius))
+        steps.append(optax.clip(clip_radius))  # type: ignore[arg-type, unused-ignore]
     if rescale_lr is None:
         rescale_lr = clip_radius is None
     if _checks.boolean("rescale_lr", rescale_lr):
         decay = weight_decay if prior is None else 0.0
-        steps.append(optax.scale(hess_init + decay))
+        scale = optax.scale(hess_init + decay)  # type: ignore[arg-type, unused-ignore]
+        steps.append(scale)
     steps.append(optax.scale_by_learning_rate(learning_rate))
     return _in_params_dtype(optax.chain(*steps))
 
