@@ -7,9 +7,10 @@ import sys
 import recipes
 
 
-def printed(section, folder):
-    """What the blocks of a section print, in a process of their own."""
-    code = "\n".join(recipes.blocks("saving.md")[section])
+def printed(folder, *sections):
+    """What the blocks of these sections print, in a process of their own."""
+    blocks = recipes.blocks("saving.md")
+    code = "\n".join(block for section in sections for block in blocks[section])
     path = [str(recipes.ROOT), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -26,5 +27,10 @@ def printed(section, folder):
 
 def test_a_posterior_is_the_same_in_a_new_process(tmp_path):
     """Its samples, from four kinds of file, None for a point mass among them."""
-    [expected] = printed("Save", tmp_path)
-    assert printed("Load", tmp_path) == 4 * [expected]
+    [expected] = printed(tmp_path, "Save")
+    assert printed(tmp_path, "Load") == 4 * [expected]
+
+
+def test_a_state_of_an_older_version_goes_on_from_its_count(tmp_path):
+    *_, count = printed(tmp_path, "Save", "States saved by version 0.1")
+    assert count == "3"

@@ -237,5 +237,7 @@ def test_diagnostics_measure_what_the_state_has(trained):
     np.testing.assert_allclose(numbers["kl_divergence"], q.kl_divergence(p), rtol=1e-9)
     assert numbers["count"] == 1
     assert "hess_median" not in numbers
+    given = {"hess_init": 1.0, "b2": 0.9, "b1": 0.9, "clip_radius": 1.0}
+    assert diagnostics.measure(params, opt_state, **given).keys() < numbers.keys()
     [advice] = diagnostics.advice(numbers)
     assert advice.startswith("The noise is 3.7 times the weights")

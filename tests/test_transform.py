@@ -228,7 +228,7 @@ def test_sample_and_update_hold_no_noise_buffer():
 
 
 def test_the_state_holds_the_settings():
-    """1 - b2, because float32 has 0.99999 with an error of 1 % of what it forgets."""
+    """1 - b2, because float32 rounds 1 - 1e-7 by a fifth of 1e-7."""
     tx = ivon_jax.ivon(0.1, ess=7, b1=0.8, b2=1 - 1e-7, hess_init=0.3, clip_radius=2.0)
     [state] = ivon_jax.find_states(tx.init(PARAMS))
     found = state.ess, state.b1, state.one_minus_b2, state.hess_init, state.clip_radius

@@ -27,8 +27,8 @@ def cut(name, count, batch):
         return x.reshape(rows, count, *x.shape[1:]).swapaxes(0, 1)
 
     def join(one_slice):
-        index, cut = one_slice
-        whole = structure.unflatten([cut.get(i, x) for i, x in enumerate(leaves)])
+        index, rows = one_slice
+        whole = structure.unflatten([rows.get(i, x) for i, x in enumerate(leaves)])
         return fold_in(whole, index)
 
     slices = {i: strided(x) for i, x in arrays.items()}

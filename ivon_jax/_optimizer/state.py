@@ -33,7 +33,7 @@ class IVONState(NamedTuple):
     hess: optax.Updates  # shapes of params, float32 or wider: h > -delta, per example
     prior: Posterior | None  # shapes of params, float32 or wider; None: weight_decay's
     b1: jax.Array | None = None  # (), default float dtype, as the next three: beta_1
-    one_minus_b2: jax.Array | None = None  # 1 - beta_2, which float32 holds exactly
+    one_minus_b2: jax.Array | None = None  # 1 - beta_2: float32 rounds beta_2 too much
     hess_init: jax.Array | None = None  # h_0
     clip_radius: jax.Array | None = None  # xi; None: no clip
 
@@ -56,10 +56,7 @@ class IVONState(NamedTuple):
         p = self.prior
         if p is None:
             zeros = jax.tree.map(jnp.zeros_like, self.hess)
-            decays = jax.tree.map(
-                lambda h: jnp.full_like(h, self.weight_decay.astype(h.dtype)), self.hess
-            )
-            p = gaussian.of_curvature(zeros, zeros, self.ess, decays)
+            p = gaussian.of_curvature(zeros, zeros, self.ess, self.weight_decays)
         means = owned(p.mean, params)
         means = jax.tree.map(lambda p, m: p if m is None else m, params, means)
         return Posterior(means, owned(p.precision, params))

@@ -262,9 +262,9 @@ def measure(
         groups = [g for g in groups if g.arrays]
         _check_some_entries(groups)
         numbers = _measure.of_weights(groups) | {"kl_divergence": q.kl_divergence(p)}
-        if all(g.hess_init is not None for g in groups):
+        if all(g.has_average for g in groups):
             numbers |= _measure.of_hess(groups, num_steps)
-        if all(g.clip_radius is not None for g in groups):
+        if all(g.has_clip for g in groups):
             numbers["clipped"] = _measure.clipped_share(groups)
         if loss_fn is not None:
             keys = jax.random.split(key, num_samples)

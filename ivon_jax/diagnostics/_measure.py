@@ -48,6 +48,20 @@ class Group(NamedTuple):
         return _size(self.arrays)
 
     @property
+    def has_average(self):
+        """Whether h is a moving average that is known from its start."""
+        settings = self.hess_init, self.one_minus_b2, self.arrays[0].hess
+        return all(x is not None for x in settings)
+
+    @property
+    def has_clip(self):
+        """Whether the direction of the last step is known, and clipped."""
+        x = self.arrays[0]
+        return all(
+            v is not None for v in (self.clip_radius, self.b1, x.momentum, x.hess)
+        )
+
+    @property
     def log_b2(self):
         return jnp.maximum(jnp.log1p(-self.one_minus_b2), math.log(1e-37))
 
@@ -187,7 +201,7 @@ def of_loss(groups, params, opt_state, loss_fn, keys):
     """What takes samples."""
     arrays = [x for g in groups for x in g.arrays]
     size, count = _size(arrays), len(keys)
-    has_hess = all(x.hess is not None for x in arrays)
+    has_hess = all(g.has_average for g in groups)
 
     def loss(theta):
         return _checks.scalar_loss(loss_fn(theta))
