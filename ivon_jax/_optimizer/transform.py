@@ -50,9 +50,7 @@ def scale_by_ivon(
       A transformation whose `update` takes ``sample=`` or ``hess=`` as `ivon`'s does.
       Its updates have the parameters' dtypes.
     """
-    return _in_params_dtype(
-        _preconditioner(ess, hess_init, b1, b2, weight_decay, prior)
-    )
+    return in_params_dtype(preconditioner(ess, hess_init, b1, b2, weight_decay, prior))
 
 
 def ivon(
@@ -148,30 +146,38 @@ def ivon(
       Shen et al., Variational Learning is Effective for Large Deep Networks, ICML 2024,
       Algorithm 1 and appendix A, https://arxiv.org/abs/2402.17641
     """
+    steps = learning_rate_of(learning_rate, ess)
+    if clip_radius is not None:
+        clip_radius = _checks.positive("clip_radius", clip_radius)
+    rules = [preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius)]
+    # Of two numbers, optax 0.2.5 says float where arrays may be.
+    if clip_radius is not None:
+        rules.append(optax.clip(clip_radius))  # type: ignore[arg-type, unused-ignore]
+    if rescale_lr is None:
+        rescale_lr = clip_radius is None
+    if _checks.boolean("rescale_lr", rescale_lr):
+        rules.append(rescaled(hess_init, weight_decay, prior))
+    return in_params_dtype(optax.chain(*rules, steps))
+
+
+def learning_rate_of(learning_rate, ess):
+    """Directions times minus a checked learning rate."""
     if not callable(learning_rate):
         learning_rate = _checks.number(
             "learning_rate", learning_rate, _checks.NON_NEGATIVE
         )
         validity.arguments_in_order(learning_rate, ess)
+    return optax.scale_by_learning_rate(learning_rate)
+
+
+def rescaled(hess_init, weight_decay, prior):
+    """Directions times `hess_init`, and the weight decay where that is one number."""
     hess_init = _in_range("hess_init", hess_init, *HESS_RANGE)
-    weight_decay = _weight_decay(weight_decay)
-    if clip_radius is not None:
-        clip_radius = _checks.positive("clip_radius", clip_radius)
-    steps = [_preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius)]
-    # Of two numbers, optax 0.2.5 says float where arrays may be.
-    if clip_radius is not None:
-        steps.append(optax.clip(clip_radius))  # type: ignore[arg-type, unused-ignore]
-    if rescale_lr is None:
-        rescale_lr = clip_radius is None
-    if _checks.boolean("rescale_lr", rescale_lr):
-        decay = weight_decay if prior is None else 0.0
-        scale = optax.scale(hess_init + decay)  # type: ignore[arg-type, unused-ignore]
-        steps.append(scale)
-    steps.append(optax.scale_by_learning_rate(learning_rate))
-    return _in_params_dtype(optax.chain(*steps))
+    decay = _weight_decay(weight_decay) if prior is None else 0.0
+    return optax.scale(hess_init + decay)  # type: ignore[arg-type, unused-ignore]
 
 
-def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=None):
+def preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=None):
     """Algorithm 1 without its learning rate; directions are float32 or wider."""
     ess = _in_range("ess", ess, *ESS_RANGE)
     hess_init = _in_range("hess_init", hess_init, *HESS_RANGE)
@@ -224,7 +230,7 @@ def _preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=Non
         validity.same_kind_of_prior(prior, state)
         check_settings(state)
         _check_clip(state, clip_radius)
-        estimate = _estimate(grads, state, params, sample, hess, at_mean)
+        estimate = estimate_of(grads, state, params, sample, hess, at_mean)
         count = optax.safe_increment(state.count)
         state = state._replace(count=count, **new_settings(state))
         distance = params if state.prior is None else _distance(params, state.prior)
@@ -256,7 +262,7 @@ def _distance(params, prior):
     return jax.tree.map(lambda p, m: jnp.asarray(p, m.dtype) - m, params, prior.mean)
 
 
-def _estimate(grads, state, params, sample, hess, at_mean=None):
+def estimate_of(grads, state, params, sample, hess, at_mean=None):
     """Gradient and Hessian estimate, from whichever way `update` was told them."""
     validity.has_params(params)
     like("params", params, "the optimizer's state", state.hess)
@@ -274,7 +280,7 @@ def _estimate(grads, state, params, sample, hess, at_mean=None):
     return grads, like("hess", hess, "`params`", params)
 
 
-def _in_params_dtype(tx):
+def in_params_dtype(tx):
     """Round the updates of `tx` to the parameters' dtypes, once, at the end."""
 
     def update(grads, state, params=None, **extra_args):
