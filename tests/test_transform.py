@@ -354,6 +354,34 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize("make", CONSTRUCTORS.values(), ids=CONSTRUCTORS)
+def test_a_horizon_makes_hess_an_average_over_the_run(make):
+    """Estimates of zero leave the share e^-1 of h_0, but for the correction term."""
+    tx = make(horizon=1000)
+    zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS)
+
+    def update(_, state):
+        return tx.update(zeros, state, PARAMS, hess=zeros)[1]
+
+    [state] = ivon_jax.find_states(jax.lax.fori_loop(0, 1000, update, state))
+    np.testing.assert_allclose(state.one_minus_b2, 1e-3, rtol=1e-6)
+    share = jax.tree.map(lambda h: h / state.hess_init, state.hess)
+    for leaf in jax.tree.leaves(share):
+        np.testing.assert_allclose(leaf, np.exp(-1), rtol=2e-3)
+
+
+@pytest.mark.parametrize("make", CONSTRUCTORS.values(), ids=CONSTRUCTORS)
+def test_a_horizon_beside_b2_is_refused(make):
+    with pytest.raises(ValueError, match=r"`b2` must be left out .*, got 0\.9"):
+        make(b2=0.9, horizon=100)
+
+
+@pytest.mark.parametrize("make", CONSTRUCTORS.values(), ids=CONSTRUCTORS)
+def test_a_horizon_is_at_least_one_step(make):
+    with pytest.raises(ValueError, match=r"`horizon` must be at least 1, got 0\."):
+        make(horizon=0)
+
+
+@pytest.mark.parametrize("make", CONSTRUCTORS.values(), ids=CONSTRUCTORS)
 @pytest.mark.parametrize(("name", "bad", "allowed"), BAD_VALUES)
 def test_a_value_out_of_range_is_named(make, name, bad, allowed):
     message = f"`{name}` must be {allowed}, got {bad}."

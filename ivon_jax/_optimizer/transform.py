@@ -15,6 +15,7 @@ from . import validity
 from .estimate import Estimate
 from .state import IVONState, check_settings
 
+B2 = 0.99999
 WEIGHT_DECAY = 1e-4
 # With h up to 1e15 the precision ess (h + weight_decay), and its inverse, are finite
 # in float32.
@@ -35,9 +36,10 @@ def scale_by_ivon(
     *,
     hess_init: jax.typing.ArrayLike = 1.0,
     b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.99999,
+    b2: jax.typing.ArrayLike = B2,
     weight_decay: jax.typing.ArrayLike = WEIGHT_DECAY,
     prior: Posterior | None = None,
+    horizon: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Turn gradients into the direction :math:`(\bar g + \delta m) / (h + \delta)`.
 
@@ -50,6 +52,7 @@ def scale_by_ivon(
       A transformation whose `update` takes ``sample=`` or ``hess=`` as `ivon`'s does.
       Its updates have the parameters' dtypes.
     """
+    b2 = decay_rate(b2, horizon)
     return in_params_dtype(preconditioner(ess, hess_init, b1, b2, weight_decay, prior))
 
 
@@ -59,11 +62,12 @@ def ivon(
     *,
     hess_init: jax.typing.ArrayLike = 1.0,
     b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.99999,
+    b2: jax.typing.ArrayLike = B2,
     weight_decay: jax.typing.ArrayLike = WEIGHT_DECAY,
     prior: Posterior | None = None,
     clip_radius: jax.typing.ArrayLike | None = None,
     rescale_lr: bool | None = None,
+    horizon: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Improved Variational Online Newton: train a Gaussian over the parameters.
 
@@ -117,6 +121,10 @@ def ivon(
         the first steps are as long as SGD's (with a `prior` by ``hess_init``, so that
         they are shorter where it is narrow). None does so unless `clip_radius` is
         given, as in the paper: it would bound the steps by less than `clip_radius`.
+      horizon: T, the number of steps of the run, in the place of `b2`: ``1 - 1 / T``.
+        Then `h` is an average over the run, in which `hess_init` keeps a share of
+        :math:`e^{-1}`. That share is also what keeps `h` from zero where estimates
+        are noisy. `recommended` sets it.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. ``update(grads, state, params)`` also
@@ -146,7 +154,7 @@ def ivon(
       Shen et al., Variational Learning is Effective for Large Deep Networks, ICML 2024,
       Algorithm 1 and appendix A, https://arxiv.org/abs/2402.17641
     """
-    steps = learning_rate_of(learning_rate, ess)
+    steps, b2 = learning_rate_of(learning_rate, ess), decay_rate(b2, horizon)
     if clip_radius is not None:
         clip_radius = _checks.positive("clip_radius", clip_radius)
     rules = [preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius)]
@@ -168,6 +176,18 @@ def learning_rate_of(learning_rate, ess):
         )
         validity.arguments_in_order(learning_rate, ess)
     return optax.scale_by_learning_rate(learning_rate)
+
+
+def decay_rate(b2, horizon):
+    """`b2`, or the one for so many steps."""
+    if horizon is None:
+        return b2
+    if isinstance(b2, float) and b2 != B2:
+        raise ValueError(
+            f"`b2` must be left out where `horizon` is given, got {b2}. For a shorter "
+            "average than the run, pass a smaller `horizon`."
+        )
+    return 1.0 - 1.0 / _checks.number("horizon", horizon, _checks.at_least(1))
 
 
 def rescaled(hess_init, weight_decay, prior):
