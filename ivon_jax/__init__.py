@@ -10,14 +10,17 @@ from . import (
     pruning as pruning,
     sensitivity as sensitivity,
 )
+from ._distributions.basis import Basis as Basis
 from ._distributions.gaussian import Posterior as Posterior
 from ._distributions.mixture import Mixture as Mixture
 from ._distributions.natural import (
     NaturalParameters as NaturalParameters,
     PointMass as PointMass,
 )
+from ._distributions.rotated import RotatedPosterior as RotatedPosterior
 from ._evaluation.objective import evidence_lower_bound as evidence_lower_bound
 from ._optimizer.estimate import Estimate as Estimate
+from ._optimizer.evon import evon as evon, scale_by_evon as scale_by_evon
 from ._optimizer.gradients import value_and_grad as value_and_grad
 from ._optimizer.posterior import (
     mean as mean,
@@ -27,6 +30,7 @@ from ._optimizer.posterior import (
 )
 from ._optimizer.sampled import sampled as sampled
 from ._optimizer.state import (
+    EVONState as EVONState,
     IVONState as IVONState,
     SampledState as SampledState,
     find_states as find_states,

@@ -99,7 +99,7 @@ def next_hess(hess, hess_hat, b2, weight_decay):
     0.505
     """
     lowest = _lowest(jnp.result_type(hess), weight_decay)
-    hess = _in_range(hess, weight_decay)
+    hess = in_range(hess, weight_decay)
     step = (1.0 - b2) * (hess_hat - hess)
     change = step * (1.0 + 0.5 * step / (hess + weight_decay))
     # A sum comes last, not a clip: XLA repeats a clip wherever its result is used, and
@@ -117,7 +117,7 @@ def usable(hess, hess_hat, b2, weight_decay):
     >>> print(usable(hess=1.0, hess_hat=1e17, b2=0.99999, weight_decay=0.0))
     False
     """
-    hess = _in_range(hess, weight_decay)
+    hess = in_range(hess, weight_decay)
     step = (1.0 - b2) * (hess_hat - hess)
     precision = hess + weight_decay
     # Line 5 times the precision: a division would be too dear for XLA to repeat it
@@ -126,7 +126,12 @@ def usable(hess, hess_hat, b2, weight_decay):
     return change <= largest
 
 
-def _in_range(hess, weight_decay):
+def in_range(hess, weight_decay):
+    r"""Return :math:`h` where the precision and its inverse are finite in floats.
+
+    >>> print(in_range(-3.0, weight_decay=1.0) > -1.0)
+    True
+    """
     return jnp.clip(hess, _lowest(jnp.result_type(hess), weight_decay), LARGEST_HESS)
 
 

@@ -291,6 +291,23 @@ class Posterior(NamedTuple):
 
         return _map(product, self, vector)
 
+    def precision_times(self, vector: optax.Params) -> optax.Params:
+        r"""Return :math:`v / \sigma^2`; None for a point mass, whatever `v` is."""
+
+        def product(_, precision, vector):
+            return jnp.multiply(*wide(vector, precision))
+
+        return _map(product, self, vector)
+
+    def deviation(self, theta: optax.Params) -> optax.Params:
+        r"""Return :math:`\theta - m`, float32 or wider; point masses as they are."""
+
+        def difference(mean, precision, theta):
+            mean, theta, _ = wide(mean, theta, precision)
+            return theta - mean
+
+        return _map(difference, self, theta, point_mass=lambda mean: mean)
+
     def log_prob(self, theta: optax.Params) -> jax.Array:
         r"""Log-density :math:`\log q(\theta)` in nats, without the point masses.
 
@@ -339,6 +356,9 @@ class Posterior(NamedTuple):
         like("prior.mean", prior.mean, "the posterior's mean", self.mean)
         validity.same_point_masses(self, prior)
         self.validate()
+        wider_family = getattr(prior, "of_diagonal", None)
+        if wider_family is not None:
+            return wider_family(self).kl_divergence(prior)
         divergence = densities.kl_divergence
         return _total(_map(divergence, self, prior.mean, prior.precision))
 

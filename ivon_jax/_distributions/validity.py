@@ -1,11 +1,14 @@
 """Errors about Gaussians: their trees, shapes and values."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .. import _checks
 from .._arrays.trees import is_masked, like
+from .basis import Basis, is_basis
 from .natural import PointMass
 
 
@@ -69,6 +72,38 @@ def _gaussian_array(path, mean, precision):
     dtype = jnp.result_type(precision)
     if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise TypeError(f"`precision` must be real, got {dtype} at precision{path}.")
+
+
+def bases(q):
+    """Reject a Gaussian whose bases are not those of its arrays."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(q.mean)
+    try:
+        found = structure.flatten_up_to(q.bases)
+    except ValueError:
+        found = []
+    if (not found and leaves) or not all(isinstance(x, Basis) for x in found):
+        raise ValueError(
+            "`bases` must have the tree structure of `mean`, with an `ivon_jax.Basis` "
+            f"for each array, got\n{jax.tree.structure(q.bases, is_leaf=is_basis)}\n"
+            f"where `mean` has\n{structure}."
+        )
+    for (path, mean), basis in zip(leaves, found, strict=True):
+        _basis_of_array(jax.tree_util.keystr(path), jnp.shape(mean), basis)
+
+
+def _basis_of_array(path, shape, basis):
+    """Reject matrices that do not multiply with the matrix form of an array."""
+    for name, q in zip(("left", "right"), basis, strict=True):
+        if q is None:
+            continue
+        stacked = shape[: max(jnp.ndim(q) - 2, 0)]
+        rows = math.prod(shape[len(stacked) : -1])
+        side = rows if name == "left" else shape[-1] if shape else None
+        if len(shape) < 2 or jnp.shape(q) != (*stacked, side, side):
+            raise ValueError(
+                f"`bases` must have matrices for the sides of `mean`, got {name} of "
+                f"shape {jnp.shape(q)} at bases{path}, where `mean` has {shape}."
+            )
 
 
 def same_point_masses(posterior, prior):

@@ -19,7 +19,9 @@ import optax
 
 from .._arrays.trees import is_masked, like
 from .._distributions import gaussian
+from .._distributions.basis import is_basis, without
 from .._distributions.gaussian import Posterior
+from .._distributions.rotated import RotatedPosterior
 
 
 class IVONState(NamedTuple):
@@ -71,6 +73,68 @@ class IVONState(NamedTuple):
         like("params", params, "the optimizer's state", self.hess)
 
 
+class EVONState(NamedTuple):
+    """What EVON remembers: IVON's state in the bases, and what these are made of."""
+
+    ivon: IVONState  # of coordinates: its momentum, h and prior are theirs
+    bases: optax.Params  # a `Basis` for each array: Q_L, Q_R
+    statistics: optax.Params  # a `Statistic` for each array: L, R
+    prior: RotatedPosterior | None  # in bases of its own; None: weight_decay's
+
+    @property
+    def count(self) -> jax.Array:  # type: ignore[override]
+        """t, steps taken."""
+        return self.ivon.count
+
+    @property
+    def ess(self) -> jax.Array:
+        r""":math:`\lambda`."""
+        return self.ivon.ess
+
+    @property
+    def weight_decay(self) -> jax.Array:
+        r""":math:`\delta`."""
+        return self.ivon.weight_decay
+
+    @property
+    def momentum(self) -> optax.Updates:
+        """g, in the bases."""
+        return self.ivon.momentum
+
+    @property
+    def hess(self) -> optax.Updates:
+        """h, in the bases."""
+        return self.ivon.hess
+
+    @property
+    def b1(self) -> jax.Array | None:
+        r""":math:`\beta_1`."""
+        return self.ivon.b1
+
+    @property
+    def one_minus_b2(self) -> jax.Array | None:
+        r""":math:`1 - \beta_2`."""
+        return self.ivon.one_minus_b2
+
+    @property
+    def hess_init(self) -> jax.Array | None:
+        """:math:`h_0`."""
+        return self.ivon.hess_init
+
+    def posterior_of(self, params: optax.Params) -> RotatedPosterior:
+        r"""Return :math:`M + Q_L (\sigma \odot E) Q_R^\top`, `params` for its mean."""
+        q = self.ivon.posterior_of(params)
+        return RotatedPosterior(*q, _owned_bases(self.bases, params))
+
+    def prior_of(self, params: optax.Params) -> Posterior | RotatedPosterior:
+        r"""Return `prior`, or :math:`N(0, 1 / \lambda\delta)`."""
+        p = self.prior
+        if p is None:
+            return self.ivon.prior_of(params)
+        own = self.ivon._replace(prior=Posterior(p.mean, p.precision))
+        return RotatedPosterior(*own.prior_of(params), _owned_bases(p.bases, params))
+
+
 class SampledState(NamedTuple):
     """What `sampled` remembers: the trainer's parameters are the sample."""
 
@@ -104,6 +168,18 @@ def owned(tree, params):
         return jax.tree.map(lambda _: None, param) if is_masked(x) else x
 
     return jax.tree.map(value, tree, params, is_leaf=is_masked)
+
+
+def _owned_bases(bases, params):
+    """`bases`, none in the place of each parameter that they leave out."""
+
+    def basis(x, param):
+        return without(param) if is_masked(x) else x
+
+    def is_leaf(x):
+        return is_masked(x) or is_basis(x)
+
+    return jax.tree.map(basis, bases, params, is_leaf=is_leaf)
 
 
 def nodes(opt_state, method):

@@ -204,7 +204,7 @@ def preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=None
     b1 = _checks.number("b1", b1, _checks.DECAY_RATE)
     b2 = _checks.number("b2", b2, _checks.DECAY_RATE)
     weight_decay = _weight_decay(weight_decay)
-    _check_prior(prior, weight_decay)
+    check_prior(prior, weight_decay, WEIGHT_DECAY)
 
     settings = {
         "ess": ess,
@@ -300,11 +300,11 @@ def estimate_of(grads, state, params, sample, hess, at_mean=None):
     return grads, like("hess", hess, "`params`", params)
 
 
-def in_params_dtype(tx):
+def in_params_dtype(tx, state_type=IVONState):
     """Round the updates of `tx` to the parameters' dtypes, once, at the end."""
 
     def update(grads, state, params=None, **extra_args):
-        validity.own_state(state)
+        validity.own_state(state, state_type)
         updates, state = tx.update(grads, state, params, **extra_args)
         return optax.tree.cast_like(updates, params), state
 
@@ -323,17 +323,19 @@ def _field(name, steps):
     )
 
 
-def _check_prior(prior, weight_decay):
-    """Reject a prior that is no Gaussian, or two priors."""
+def check_prior(prior, weight_decay, default, kinds=(Posterior,)):
+    """Reject a prior that is no Gaussian of these kinds, or two priors."""
     if prior is None:
         return
-    if not isinstance(prior, Posterior):
+    if not isinstance(prior, kinds):
+        remedy = "`ivon_jax.posterior(params, opt_state)`, or around weights "
+        remedy += "`ivon_jax.Posterior.isotropic(weights, ess * weight_decay)`."
+        if hasattr(prior, "marginals"):
+            remedy = "`prior.marginals`, or train with `ivon_jax.evon`."
         raise TypeError(
-            f"`prior` must be a Posterior, got {type(prior).__name__}. Pass "
-            "`ivon_jax.posterior(params, opt_state)`, or around weights "
-            "`ivon_jax.Posterior.isotropic(weights, ess * weight_decay)`."
+            f"`prior` must be a Posterior, got {type(prior).__name__}. Pass {remedy}"
         )
-    if isinstance(weight_decay, float) and weight_decay != WEIGHT_DECAY:
+    if isinstance(weight_decay, float) and weight_decay != default:
         raise ValueError(
             f"`weight_decay` must be left out where `prior` is given, got "
             f"{weight_decay}. To narrow the prior, use `prior.tempered(temperature)`."

@@ -10,7 +10,7 @@ import optax
 from .. import _checks
 from .._arrays.trees import leaf_in_words, like
 from .estimate import Estimate
-from .state import IVONState, SampledState
+from .state import EVONState, IVONState, SampledState
 
 
 def one_curvature(sample, hess, grads):
@@ -122,15 +122,17 @@ def some_state(states, opt_state):
     )
 
 
-def own_state(state):
-    """Reject an update of what IVON never made."""
+def own_state(state, kind):
+    """Reject an update of what this optimizer never made."""
+    maker = {IVONState: "ivon", EVONState: "evon"}
 
-    def own(node):
-        return isinstance(node, IVONState)
+    def is_state(node):
+        return isinstance(node, tuple(maker))
 
-    if not any(map(own, jax.tree.leaves(state, is_leaf=own))):
+    found = filter(is_state, jax.tree.leaves(state, is_leaf=is_state))
+    if not any(isinstance(node, kind) for node in found):
         raise ValueError(
-            "`state` must be the state of `ivon_jax.ivon`, got "
+            f"`state` must be the state of `ivon_jax.{maker[kind]}`, got "
             f"{type(state).__name__}. Pass what `tx.init(params)` or `tx.update(...)` "
             "returned." + _if_restored(state)
         )

@@ -1,0 +1,117 @@
+r"""Orthogonal bases of arrays in matrix form.
+
+The matrix form of an array has its last axis for columns, and all others for rows: a
+convolution's kernel (H, W, in, out) is a matrix of H W in rows. Leading axes that a
+basis has as well stack matrices, each with a basis of its own.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._arrays.dtypes import wide
+
+
+class Basis(NamedTuple):
+    r"""Orthogonal matrices :math:`Q_L, Q_R`, the basis of one array W.
+
+    Its coordinates there are :math:`Q_L^\top W Q_R`. None is the identity: that side
+    stays as it is.
+
+    >>> turn = jnp.array([[0.0, -1.0], [1.0, 0.0]])
+    >>> print(Basis(left=turn).into(jnp.array([[1.0], [2.0]])))
+    [[ 2.]
+     [-1.]]
+    """
+
+    left: jax.Array | None = None  # (..., rows, rows)
+    right: jax.Array | None = None  # (..., columns, columns)
+
+    def into(self, x: jax.Array) -> jax.Array:
+        r"""Return the coordinates :math:`Q_L^\top X Q_R` of `x`, in its shape."""
+        return _product(_transposed(self.left), x, self.right)
+
+    def out_of(self, x: jax.Array) -> jax.Array:
+        r"""Return the array :math:`Q_L X Q_R^\top` of these coordinates."""
+        return _product(self.left, x, _transposed(self.right))
+
+    @property
+    def turns(self) -> bool:
+        """Whether it is no identity."""
+        return any(q is not None for q in self)
+
+    @property
+    def squared(self) -> "Basis":
+        """With the squares of all entries, which turn variances; no basis itself."""
+        return Basis(*(None if q is None else q**2 for q in self))
+
+    def seen_from(self, other: "Basis") -> "Basis":
+        r"""Return :math:`P_L^\top Q_L, P_R^\top Q_R` for the matrices P of `other`."""
+        return Basis(*map(_relative, self, other))
+
+
+def into(bases, tree):
+    """The coordinates of each array of `tree`; None stays None."""
+    return _each(bases, tree, lambda basis, x: basis.into(x))
+
+
+def out_of(bases, tree):
+    """The arrays of these coordinates."""
+    return _each(bases, tree, lambda basis, x: basis.out_of(x))
+
+
+def squared(bases):
+    return jax.tree.map(lambda basis: basis.squared, bases, is_leaf=is_basis)
+
+
+def is_basis(node):
+    return isinstance(node, Basis)
+
+
+def without(tree):
+    """A tree of no bases for the arrays of `tree`."""
+    return jax.tree.map(lambda _: Basis(), tree)
+
+
+def matrix_form(x, stacked_axes=0):
+    """`x` with one axis for rows, one for columns, and those that stack matrices."""
+    if x.ndim == stacked_axes + 2:
+        return x
+    return x.reshape(*x.shape[:stacked_axes], -1, x.shape[-1])
+
+
+def matmul(a, b):
+    """The product of matrices in their own precision, also where chips offer less."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _each(bases, tree, fn):
+    def leaf(basis, x):
+        return None if x is None else fn(basis, x)
+
+    return jax.tree.map(leaf, bases, tree, is_leaf=is_basis)
+
+
+def _product(left, x, right):
+    """``left x right`` in matrix form, where None is the identity."""
+    matrices = [q for q in (left, right) if q is not None]
+    if not matrices:
+        return x
+    x, *matrices = wide(x, *matrices)
+    product = matrix_form(x, matrices[0].ndim - 2)
+    if left is not None:
+        product = matmul(matrices.pop(0), product)
+    if right is not None:
+        product = matmul(product, matrices.pop())
+    return product.reshape(x.shape)
+
+
+def _relative(q, p):
+    if p is None:
+        return q
+    return _transposed(p) if q is None else matmul(_transposed(p), q)
+
+
+def _transposed(q):
+    return None if q is None else jnp.swapaxes(q, -1, -2)
