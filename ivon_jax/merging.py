@@ -25,7 +25,7 @@ from . import _checks
 from ._arrays import compiled, sharding
 from ._arrays.dtypes import wide_dtype
 from ._arrays.loops import scan_mean, sum_examples
-from ._arrays.trees import is_masked, like
+from ._arrays.trees import array_leaves, is_masked, like
 from ._evaluation import validity
 
 
@@ -294,6 +294,7 @@ def _check_some_curvature(path, total):
 
 def _check_floating(name, tree):
     """Reject a tree with arrays that no difference can be scaled of."""
+    array_leaves(name, tree)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):

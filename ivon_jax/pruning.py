@@ -22,7 +22,7 @@ import optax
 from . import _checks
 from ._arrays import compiled, ranks
 from ._arrays.dtypes import wide
-from ._arrays.trees import like
+from ._arrays.trees import array_leaves, like
 from ._distributions.gaussian import Posterior
 from ._evaluation import validity
 
@@ -75,6 +75,7 @@ def mask(scores: Any, sparsity: jax.typing.ArrayLike) -> Any:
       TypeError, ValueError: there is no score, one is NaN, or `sparsity` is not in
         [0, 1].
     """
+    array_leaves("scores", scores)
     named, structure = jax.tree_util.tree_flatten_with_path(scores, is_leaf=_is_none)
     arrays = [
         validity.scores(f"scores{jax.tree_util.keystr(path)}", x)
@@ -161,6 +162,7 @@ def prune(params: optax.Params | Posterior, mask: Any) -> optax.Params:
     """
     if isinstance(params, Posterior):
         params = params.mean
+    array_leaves("params", params)
     mask = _whole_mask("mask", mask, "the parameters", params)
     return _pruned(params, mask)
 

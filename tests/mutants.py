@@ -34,7 +34,7 @@ import sklearn.metrics  # noqa: F401
 
 TESTS = {  # for each module the files that must notice; its doctests come first
     "_rules": ["rules", "reference"],
-    "_arrays.dtypes": ["gaussian"],
+    "_arrays.dtypes": ["transform", "gaussian"],
     "_arrays.loops": ["loops", "predictive", "gradients", "sensitivity"],
     "_arrays.noise": ["noise"],
     "_distributions.basis": ["rotated"],

@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 
@@ -105,3 +106,35 @@ def test_init_on_a_whole_module_says_what_to_filter(bad, got):
 def test_init_of_nothing_is_an_error():
     with pytest.raises(TypeError, match="must be a tree of arrays, got None"):
         TX.init(None)
+
+
+WHOLE = Module(jnp.ones((3, 2)), jax.nn.tanh)
+Q = ivon_jax.Posterior(WHOLE, Module(jnp.ones((3, 2)), None))
+FROZEN = optax.masked(TX, Module(True, False))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ivon_jax.sampled(TX, jax.random.key(0)).init(WHOLE),
+        lambda: ivon_jax.Posterior.isotropic(WHOLE, 4.0),
+        lambda: Q.sample(jax.random.key(0)),
+        lambda: Q.variance,
+        lambda: Q.entropy(),
+        lambda: ivon_jax.posterior(WHOLE, FROZEN.init(WHOLE)),
+        lambda: ivon_jax.predict(lambda m: m.weight, Q, jax.random.key(0), 2),
+        lambda: ivon_jax.linearized(lambda m, x: x @ m.weight, Q, jnp.ones((4, 3))),
+        lambda: ivon_jax.Mixture([Q, Q]).log_prob(WHOLE),
+        lambda: ivon_jax.merging.task_arithmetic(WHOLE, [WHOLE]),
+        lambda: ivon_jax.merging.merge(WHOLE, [WHOLE], [1.0], 1.0),
+        lambda: ivon_jax.merging.diagonal_fisher(
+            lambda m, x: x @ m.weight, WHOLE, jax.random.key(0), jnp.ones((4, 3))
+        ),
+        lambda: ivon_jax.pruning.mask(WHOLE, 0.5),
+        lambda: ivon_jax.pruning.prune(WHOLE, Module(True, True)),
+    ],
+)
+def test_a_whole_module_is_sent_to_the_filter_wherever_it_goes(call):
+    with pytest.raises(TypeError, match="tree of arrays, got the function tanh") as e:
+        call()
+    assert "`eqx.filter(model, eqx.is_inexact_array)`" in str(e.value)

@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -536,3 +537,21 @@ def test_the_divergence_to_no_gaussian_is_an_error():
     q = ivon_jax.Posterior(jnp.zeros(2), jnp.ones(2))
     with pytest.raises(TypeError, match="`prior` must be a Posterior, one Gaussian"):
         q.kl_divergence(ivon_jax.Mixture([q]))
+
+
+def test_arguments_of_every_method_may_be_numbers():
+    """Alone or in a tree, they give what arrays do."""
+    q = ivon_jax.Posterior({"w": 2.0, "v": jnp.ones(3)}, {"w": 4.0, "v": jnp.ones(3)})
+    number = {"w": 0.5, "v": jnp.full(3, 0.5)}
+    array = jax.tree.map(jnp.asarray, number)
+    for method, count in {
+        "perturb": 1,
+        "hess_estimate": 2,
+        "hess_estimate_of_noise": 2,
+        "squared_gradient": 1,
+        "covariance_times": 1,
+        "log_prob": 1,
+    }.items():
+        call = getattr(q, method)
+        chex.assert_trees_all_equal(call(*[number] * count), call(*[array] * count))
+    np.testing.assert_array_equal(q.hess_estimate(number, number)["w"], 0.5 * -1.5 * 4)

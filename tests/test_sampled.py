@@ -396,6 +396,15 @@ def test_what_is_no_float_is_not_trained(dtype):
     assert state.mean["i"].dtype == dtype
 
 
+def test_parameters_may_be_numbers():
+    """A step with them is that with arrays."""
+    numbers = {"a": 2.0, "b": jnp.ones(3)}
+    arrays = jax.tree.map(jnp.asarray, numbers)
+    results = [one_step(TX, p, TX.init(p), arrays) for p in (numbers, arrays)]
+    chex.assert_trees_all_equal(*results)
+    assert abs(float(results[0][0]["a"]) - 2.0) > 0.01  # the sample has moved
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_an_estimate_is_taken_where_the_trainer_would_be(dtype):
     """The loss sees the trainer's dtype, though the mean has more bits."""

@@ -1,5 +1,7 @@
 """Trees that must be like others: filled, compared, and what differs in words."""
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,12 @@ REMEDIES = (
         "\nOf an Equinox module, pass `eqx.filter(model, eqx.is_inexact_array)`, as to "
         "`tx.init`.",
     ),
+)
+
+
+FILTERS = (
+    "`nnx.state(model, nnx.Param)` are the parameters of an NNX module, "
+    "`eqx.filter(model, eqx.is_inexact_array)` those of an Equinox module."
 )
 
 
@@ -49,6 +57,21 @@ def like(name, tree, reference_name, reference):
                 f"{reference_name} has {jnp.shape(p)}."
             )
     return tree
+
+
+def array_leaves(name, tree):
+    """Reject a tree with other leaves than arrays and numbers, as of a whole module."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not is_array(leaf):
+            raise TypeError(
+                f"`{name}` must be a tree of arrays, got {leaf_in_words(leaf)} at "
+                f"{name}{jax.tree_util.keystr(path)}. Leave it out: {FILTERS}"
+            )
+
+
+def is_array(leaf):
+    """Whether `leaf` is an array, a number, or stands for one."""
+    return hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)
 
 
 def is_mask(mask, tree):

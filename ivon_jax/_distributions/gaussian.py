@@ -11,7 +11,7 @@ from .. import _checks, _rules
 from .._arrays.dtypes import wide, wide_dtype
 from .._arrays.noise import normal
 from .._arrays.sharding import in_type
-from .._arrays.trees import is_mask, like, mask_of
+from .._arrays.trees import array_leaves, is_mask, like, mask_of
 from . import densities, validity
 from .natural import NaturalParameters, PointMass, place, summable
 
@@ -59,6 +59,7 @@ class Posterior(NamedTuple):
           TypeError, ValueError: `precision` is no positive number.
         """
         precision = _checks.positive("precision", precision)
+        array_leaves("mean", mean)
 
         def full(x):
             if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
@@ -408,7 +409,7 @@ def _map(fn, q, *rest, point_mass=lambda _: None):
         if precision is None:
             return point_mass(mean)
         [precision] = wide(precision)
-        return fn(jnp.asarray(mean), precision, *values)
+        return fn(jnp.asarray(mean), precision, *map(jnp.asarray, values))
 
     return jax.tree.map(leaf, q.mean, q.precision, *rest)
 

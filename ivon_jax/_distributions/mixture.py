@@ -12,7 +12,7 @@ import optax
 from .. import _checks
 from .._arrays.dtypes import wide
 from .._arrays.sharding import row
-from .._arrays.trees import like
+from .._arrays.trees import array_leaves, like
 from .gaussian import Posterior, each
 
 
@@ -162,6 +162,7 @@ def _stack(*arrays):
 
 def _check_members(posteriors):
     """Reject what is no mixture: nothing, several trees, or one that is not stacked."""
+    array_leaves("posteriors", posteriors)
     if isinstance(posteriors, (Posterior, Stacked)):
         shapes = [jnp.shape(x) for x in jax.tree.leaves(posteriors)]
         lengths = {shape[:1] for shape in shapes}

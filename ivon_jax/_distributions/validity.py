@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _checks
-from .._arrays.trees import is_masked, like
+from .._arrays.trees import array_leaves, is_masked, like
 from .basis import Basis, is_basis
 from .natural import PointMass
 
@@ -39,6 +39,7 @@ def _ranges(*arrays):
 
 def _precision_like_mean(q):
     """Reject a Gaussian whose precision has not the mean's structure and shapes."""
+    array_leaves("mean", q.mean)
     leaves, structure = jax.tree_util.tree_flatten_with_path(q.mean)
     try:
         precisions = structure.flatten_up_to(q.precision)

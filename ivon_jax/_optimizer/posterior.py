@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._arrays.trees import array_leaves
 from .._distributions.gaussian import Posterior
 from .._distributions.parts import joint
 from . import validity
@@ -142,6 +143,7 @@ def _joint(params, opt_state, read):
     states = find_states(opt_state)
     validity.some_state(states, opt_state)
     parts = [read(state) for state in states]
+    array_leaves("params", params)
     jax.tree.map(_one_owner, params, *(part.trained for part in parts))
     return joint(parts)
 

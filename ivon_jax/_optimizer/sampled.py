@@ -8,7 +8,7 @@ import optax
 
 from .. import _checks
 from .._arrays.dtypes import wide_dtype
-from .._arrays.trees import like
+from .._arrays.trees import array_leaves, like
 from . import validity
 from .estimate import Estimate, check_transformation
 from .posterior import posterior
@@ -75,6 +75,7 @@ def sampled(
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
+        array_leaves("params", params)
         mean = jax.tree.map(_mean_of, params)
         inner_state = tx.init(mean)
         validity.inside_sampled(inner_state, find_states(inner_state))

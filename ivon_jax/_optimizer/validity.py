@@ -1,14 +1,12 @@
 """Errors about training: what `init` and `update` are given, and where a state is."""
 
-import numbers
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from .. import _checks
-from .._arrays.trees import leaf_in_words, like
+from .._arrays.trees import FILTERS, is_array, leaf_in_words, like
 from .estimate import Estimate
 from .state import EVONState, IVONState, SampledState
 
@@ -182,7 +180,7 @@ def floating_leaves(params):
     if params is None:
         raise TypeError("`params` must be a tree of arrays, got None.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+        if not is_array(leaf):
             got = leaf_in_words(leaf)
         elif not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             got = jnp.result_type(leaf)
@@ -190,8 +188,6 @@ def floating_leaves(params):
             continue
         raise TypeError(
             f"`params` must be real floating-point arrays, got {got} at "
-            f"params{jax.tree_util.keystr(path)}. Leave it out: "
-            "`nnx.state(model, nnx.Param)` are the parameters of an NNX module, "
-            "`eqx.filter(model, eqx.is_inexact_array)` those of an Equinox module. In "
-            "other trees use `optax.masked` or `optax.partition`."
+            f"params{jax.tree_util.keystr(path)}. Leave it out: {FILTERS} In other "
+            "trees use `optax.masked` or `optax.partition`."
         )
