@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from . import (
+    calibration as calibration,
     diagnostics as diagnostics,
     merging as merging,
     metrics as metrics,
@@ -38,6 +39,11 @@ from ._optimizer.state import (
 from ._optimizer.transform import (
     ivon as ivon,
     scale_by_ivon as scale_by_ivon,
+)
+from .calibration import (
+    CalibrationCurve as CalibrationCurve,
+    calibrate as calibrate,
+    calibration_curve as calibration_curve,
 )
 from .predictive import (
     Linearized as Linearized,

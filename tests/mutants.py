@@ -34,8 +34,8 @@ import sklearn.metrics  # noqa: F401
 
 TESTS = {  # for each module the files that must notice; its doctests come first
     "_rules": ["rules", "reference"],
-    "_arrays.dtypes": ["transform", "gaussian"],
-    "_arrays.loops": ["loops", "predictive", "gradients", "sensitivity"],
+    "_arrays.dtypes": ["gaussian"],
+    "_arrays.loops": ["loops", "predictive", "gradients", "sensitivity", "calibration"],
     "_arrays.noise": ["noise"],
     "_distributions.basis": ["rotated"],
     "_distributions.densities": ["gaussian", "posterior"],
@@ -45,7 +45,7 @@ TESTS = {  # for each module the files that must notice; its doctests come first
     "_distributions.rotated": ["rotated"],
     "_evaluation.jacobian": ["sensitivity", "predictive"],
     "_evaluation.objective": ["objective"],
-    "_evaluation.samples": ["predictive", "mixture"],
+    "_evaluation.samples": ["predictive", "mixture", "calibration"],
     "_optimizer.eigenbasis": ["evon"],
     "_optimizer.evon": ["evon"],
     "_optimizer.gradients": ["gradients", "contract", "parallel"],
@@ -60,6 +60,7 @@ TESTS = {  # for each module the files that must notice; its doctests come first
         "posterior",
         "flax",
     ],
+    "calibration": ["calibration"],
     "merging": ["merging"],
     "metrics": ["metrics"],
     "predictive": ["predictive", "mixture"],

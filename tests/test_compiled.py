@@ -101,6 +101,9 @@ USES = {
         lambda t: fn(loss)(t, x), Q, Q, KEY, ess=10, num_samples=2
     ),
     "linearized": lambda fn, x: ivon_jax.linearized(fn(classify), Q, x),
+    "calibration_curve": lambda fn, x: ivon_jax.calibration_curve(
+        lambda t: fn(probs)(t, x), Q, LABELS, KEY, num_samples=2
+    ),
     "diagnose": lambda fn, x: diagnostics.measure(
         Q.mean, STATE, loss_fn=lambda t: fn(loss)(t, x), key=KEY, num_samples=2
     ),
@@ -134,6 +137,9 @@ KEYED = {
     "predict": lambda key: ivon_jax.predict(jitted, Q, key, 2),
     "Mixture": lambda key: ivon_jax.predict(jitted, ivon_jax.Mixture([Q, Q]), key, 2),
     "uncertainty": lambda key: ivon_jax.uncertainty(jax.nn.softmax, Q, key, 2),
+    "calibrate": lambda key: ivon_jax.calibrate(
+        lambda t: jax.nn.softmax(t)[None], Q, jnp.array([1]), key, num_samples=2
+    ),
     "evidence_lower_bound": lambda key: ivon_jax.evidence_lower_bound(
         jnp.sum, Q, Q, key, ess=10, num_samples=2
     ),

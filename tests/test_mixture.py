@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,3 +232,20 @@ def test_a_mixture_read_back_from_msgpack_predicts():
     mixture = serialization.from_bytes(mixture, serialization.to_bytes(mixture))
     theta = ivon_jax.predict(lambda theta: theta, mixture, jax.random.key(0), 6)
     assert theta.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        ivon_jax.Mixture(MEMBERS),
+        ivon_jax.Mixture(STACKED),
+        ivon_jax.Mixture.from_stacked(STACKED),
+    ],
+    ids=["list", "stacked", "marked"],
+)
+def test_a_temperature_is_that_of_every_member(mixture):
+    """And the mixture stays of the form that it had."""
+    tempered = mixture.tempered(4.0)
+    assert jax.tree.structure(tempered) == jax.tree.structure(mixture)
+    for i, member in enumerate(MEMBERS):
+        chex.assert_trees_all_close(tempered.member(i), member.tempered(4.0), rtol=1e-6)

@@ -18,11 +18,14 @@ import ivon_jax
 ROOT = pathlib.Path(__file__).parent.parent
 # A name that goes, or changes, is a breaking change: it needs a line of CHANGELOG.md.
 NAMES = {
-    "ivon_jax": """Basis EVONState Estimate IVONState Linearized Mixture
-        NaturalParameters PointMass Posterior RotatedPosterior SampledState Uncertainty
-        diagnostics evidence_lower_bound evon find_states ivon linearized mean merging
-        metrics posterior predict predictive prior pruning sample sampled scale_by_evon
+    "ivon_jax": """Basis CalibrationCurve EVONState Estimate IVONState Linearized
+        Mixture NaturalParameters PointMass Posterior RotatedPosterior SampledState
+        Uncertainty calibrate calibration calibration_curve diagnostics
+        evidence_lower_bound evon find_states ivon linearized mean merging metrics
+        posterior predict predictive prior pruning sample sampled scale_by_evon
         scale_by_ivon sensitivity uncertainty value_and_grad""",
+    "ivon_jax.calibration": """CalibrationCurve calibrate calibration_curve
+        temperature_scaling""",
     "ivon_jax.diagnostics": "Diagnosis advice diagnose measure",
     "ivon_jax.flax": """Model TrainState arrays mean posterior prior sample
         value_and_grad""",

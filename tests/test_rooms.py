@@ -20,7 +20,7 @@ FLOORS = [
     {"_distributions"},
     {"_evaluation", "_optimizer"},
     {
-        *("predictive", "sensitivity", "merging", "pruning"),
+        *("predictive", "calibration", "sensitivity", "merging", "pruning"),
         *("metrics", "diagnostics", "flax"),
     },
 ]

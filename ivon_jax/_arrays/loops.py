@@ -1,5 +1,6 @@
 """Many evaluations in the memory of one: means, and maps and sums over examples."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -52,6 +53,23 @@ def scan_mean(fn, xs):
     )
     sums, _ = jax.lax.scan(step, jax.tree.map(start, zeros), xs)
     return jax.tree.map(mean, outputs, sums)
+
+
+def scan_log_mean_exp(fn, xs):
+    """Return log of the mean of ``exp(fn(x))``, one array, one x at a time.
+
+    No exponential overflows, and not all of them underflow.
+    """
+    xs, unwrapped = _without_keys(xs)
+
+    def step(total, x):
+        return jnp.logaddexp(total, fn(unwrapped(x)).astype(total.dtype)), None
+
+    _, zeros = sharding.zeros_of(
+        lambda xs: fn(unwrapped(jax.tree.map(lambda x: x[0], xs))), xs, _wide
+    )
+    total, _ = jax.lax.scan(step, zeros - jnp.inf, xs)
+    return total - math.log(len(jax.tree.leaves(xs)[0]))
 
 
 def vmap_mean(fn, xs):

@@ -117,6 +117,20 @@ class Mixture(NamedTuple):
 
         return each(draw, key, shape)
 
+    def tempered(self, temperature: jax.typing.ArrayLike) -> "Mixture":
+        r"""Return the mixture of the members' :math:`q_k^{1/T}`: see `Posterior`.
+
+        >>> q = Posterior(mean=jnp.ones(2), precision=jnp.full(2, 4.0))
+        >>> print(Mixture([q, q]).tempered(0.25).member(0).stddev)
+        [0.25 0.25]
+        """
+        _check_members(self.posteriors)
+        if self._is_stacked:
+            arrays = jax.tree.leaves(self.stacked.tempered(temperature))
+            return jax.tree.unflatten(jax.tree.structure(self), arrays)
+        members = map(self.member, range(self.num_members))
+        return Mixture([q.tempered(temperature) for q in members])
+
     def strata(self, key: jax.Array, num_samples: int) -> jax.Array:
         """Choose members for samples, each as often as the others.
 

@@ -13,7 +13,7 @@ def mean_over_samples(fn, posterior, key, num_samples, args, of=None):
     """The mean of ``fn(theta, *args)``, any pytree, in the memory of one sample."""
     _checks.function("fn", fn)
     _checks.integer_between("num_samples", num_samples, 1)
-    _check_posterior(posterior)
+    check_posterior(posterior)
     key = _checks.random_key("key", key)
     _checks.arguments("args", args)
 
@@ -22,28 +22,27 @@ def mean_over_samples(fn, posterior, key, num_samples, args, of=None):
             value = _checks.arrays("fn(theta)", fn(theta, *args))
             return jax.tree.map(lambda x: wide(x)[0], value)
 
-        return _scan_samples(outputs, posterior, key, num_samples)
+        draw, xs = draws(posterior, key, num_samples)
+        return scan_mean(lambda x: outputs(draw(x)), xs)
 
     return compiled.call(run, posterior, key, args, of=of or fn)
 
 
-def _scan_samples(fn, posterior, key, num_samples):
+def draws(posterior, key, num_samples):
+    """A function and what to map it over, for the samples of all that averages."""
     if isinstance(posterior, Mixture):
         key, strata_key = jax.random.split(key)
         strata = posterior.strata(strata_key, num_samples)
         keys = jax.random.split(key, num_samples)
         stacked = posterior.stacked  # once, not in every step of the scan
         members = Mixture.from_stacked(stacked)
-        return scan_mean(
-            lambda x: fn(members.member(x[0]).sample(x[1])), (strata, keys)
-        )
-    keys = jax.random.split(key, num_samples)
-    return scan_mean(lambda k: fn(posterior.sample(k)), keys)
+        return lambda x: members.member(x[0]).sample(x[1]), (strata, keys)
+    return posterior.sample, jax.random.split(key, num_samples)
 
 
-def _check_posterior(posterior):
+def check_posterior(posterior, verb="sample"):
     """Reject what has no samples, the parameters above all."""
-    if not hasattr(posterior, "sample"):
+    if not hasattr(posterior, verb):
         raise TypeError(
             f"`posterior` must be a posterior, got {type(posterior).__name__}. Pass "
             "`ivon_jax.posterior(params, opt_state)`."

@@ -14,6 +14,18 @@ def probabilities(name, probs):
     sum_to_one(name, probs)
 
 
+def logits(name, logits):
+    """Reject what can be no logits of two or more classes."""
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must be floating-point, got dtype {logits.dtype}.")
+    if not logits.size or logits.shape[-1:] < (2,):
+        raise ValueError(
+            f"`{name}` must have shape (..., num_classes), two or more classes and at "
+            f"least one example, got shape {logits.shape}. Of a sigmoid's logit f make "
+            "two columns: `jnp.stack([jnp.zeros_like(f), f], axis=-1)`."
+        )
+
+
 def distributions(name, probs):
     """Reject what can be no array of distributions, whatever its values."""
     if not jnp.issubdtype(probs.dtype, jnp.floating):
@@ -211,6 +223,17 @@ def one_axis_of_outputs(shape):
 def outputs_of_one(output):
     """Return the number of outputs, of what `fn` returned for a batch of one."""
     return one_axis_of_outputs(predictions_of_one(output).shape[1:])
+
+
+def log_likelihoods(name, output):
+    """Reject what can be no log-likelihoods, one for each example."""
+    if not output.ndim or not output.size:
+        raise ValueError(
+            f"`{name}` must have shape (N,), a log-likelihood for each example, got "
+            f"shape {output.shape}. Don't sum over examples. For classes pass `labels`."
+        )
+    if not jnp.issubdtype(output.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must be floating-point, got dtype {output.dtype}.")
 
 
 def of_predictions(name, tree, shape):
