@@ -106,12 +106,12 @@ def shape(name, value):
     return tuple(int(size) for size in value)
 
 
-def function(name, value):
+def function(name, value, of="the parameters", example="lambda theta: apply(theta, x)"):
     """Reject what cannot be called."""
     if not callable(value):
         raise TypeError(
-            f"`{name}` must be a function of the parameters, got "
-            f"{type(value).__name__}. Pass `lambda theta: apply(theta, x)`."
+            f"`{name}` must be a function of {of}, got {type(value).__name__}. Pass "
+            f"`{example}`."
         )
 
 

@@ -217,6 +217,8 @@ def value_and_grad(
       TypeError, ValueError: as `ivon_jax.value_and_grad`; `wrt` is not the optimizer's.
     """
     has_aux = options.pop("has_aux", False)
+    example = "lambda model, x: jnp.mean(model(x) ** 2)"
+    _checks.function("loss_fn", loss_fn, "the model", example)
 
     def estimate(key, model, optimizer, *args, **kwargs):
         order = "(key, model, optimizer, *args)"

@@ -162,6 +162,8 @@ def diagonal_fisher(
     Raises:
       TypeError, ValueError: an argument or the logits are not as described.
     """
+    _checks.function("fn", fn, "parameters and inputs", "apply")
+    key = _checks.random_key("key", key)
     _checks.integer_between("num_samples", num_samples, 1)
     _checks.integer_between("chunk_size", chunk_size, 1)
     _check_floating("params", params)

@@ -198,6 +198,7 @@ def curve(
       TypeError, ValueError: `sparsities` are not numbers in [0, 1], or as `criterion`.
     """
     _checks.function("fn", fn)
+    _checks.function("criterion", criterion, "posterior and sparsity", "by_variance")
     _check(posterior)
     sparsities = _fractions("sparsities", sparsities)
     _checks.arguments("args", args)

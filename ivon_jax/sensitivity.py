@@ -115,6 +115,8 @@ def leave_one_out(
     Returns:
       A `LeaveOneOut`.
     """
+    _checks.function("fn", fn, "parameters and inputs", "apply")
+    _checks.function("loss", loss, "outputs and label", validity.SQUARED_ERROR)
     _checks.distribution("posterior", posterior, "covariance_times")
     _checks.boolean("diagonal", diagonal)
     _checks.integer_between("chunk_size", chunk_size, 1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from statistical import assert_moved
+from statistical import assert_mean, assert_moved
 
 import ivon_jax
 
@@ -418,9 +418,22 @@ METHODS = {
     "natural_parameters": lambda q: q.natural_parameters.linear,
     "restricted": lambda q: q.restricted(True).variance,
 }
+READERS = {
+    "mixture": lambda q: ivon_jax.Mixture([q, q]).sample(jax.random.key(0)),
+    "mixture's density": lambda q: ivon_jax.Mixture([q, q]).log_prob(q.mean),
+    "predict": lambda q: ivon_jax.predict(lambda _: 1.0, q, jax.random.key(0), 2),
+    "uncertainty": lambda q: ivon_jax.uncertainty(
+        lambda _: jnp.full(2, 0.5), q, jax.random.key(0), 2
+    ),
+    "predict of a mixture": lambda q: ivon_jax.predict(
+        lambda _: 1.0, ivon_jax.Mixture([q, q]), jax.random.key(0), 2
+    ),
+}
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize(
+    "method", [*METHODS.values(), *READERS.values()], ids=[*METHODS, *READERS]
+)
 @pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
 def test_a_precision_that_is_none_is_an_error(method, bad):
     q = ivon_jax.Posterior({"w": jnp.ones(2)}, {"w": jnp.array([1.0, bad])})
@@ -555,3 +568,37 @@ def test_arguments_of_every_method_may_be_numbers():
         call = getattr(q, method)
         chex.assert_trees_all_equal(call(*[number] * count), call(*[array] * count))
     np.testing.assert_array_equal(q.hess_estimate(number, number)["w"], 0.5 * -1.5 * 4)
+
+
+def test_estimates_and_perturbations_are_lines_2_and_3():
+    """Each method by its equation, in float64; a point mass has none of them."""
+    rng = np.random.default_rng(0)
+    mean, other = rng.normal(size=(2, 4))
+    grad, noise = rng.normal(size=(2, 4))
+    precision = rng.uniform(0.5, 9.0, size=4)
+    q = ivon_jax.Posterior(
+        {"w": jnp.float32(mean), "f": 7.0}, {"w": precision, "f": None}
+    )
+    g, n, t = ({"w": jnp.float32(x), "f": None} for x in (grad, noise, other))
+    results = {
+        "perturb": (q.perturb(n), mean + noise / np.sqrt(precision)),
+        "hess_estimate": (q.hess_estimate(g, t), grad * (other - mean) * precision),
+        "of noise": (q.hess_estimate_of_noise(g, n), grad * noise * np.sqrt(precision)),
+        "squared_gradient": (q.squared_gradient(g), grad**2),
+        "covariance_times": (q.covariance_times(g), grad / precision),
+    }
+    for name, (result, expected) in results.items():
+        np.testing.assert_allclose(result["w"], expected, rtol=2e-5, err_msg=name)
+        assert result["f"] == (7.0 if name == "perturb" else None)
+
+
+@pytest.mark.statistical
+def test_noise_is_standard_normal_whatever_the_gaussian_is(key):
+    """Mean 0, variance 1, and another for each array."""
+    wide = jnp.full(4000, 1e-4)
+    q = ivon_jax.Posterior({"a": wide, "b": wide}, {"a": wide, "b": 4 * wide})
+    a, b = q.noise(key)["a"], q.noise(key)["b"]
+    for draws in (a, b):
+        assert_mean(draws, 0.0)
+        assert_mean(draws**2, 1.0)
+    assert_mean(a * b, 0.0)

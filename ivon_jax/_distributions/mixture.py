@@ -108,7 +108,7 @@ class Mixture(NamedTuple):
         """
         key, shape = _checks.random_key("key", key), _checks.shape("shape", shape)
         members = Mixture.from_stacked(self.stacked)  # once, not for every draw
-        members.stacked.validate(positive=True)
+        members.validate(positive=True)
 
         def draw(key):
             member_key, noise_key = jax.random.split(key)
@@ -162,10 +162,17 @@ class Mixture(NamedTuple):
         >>> print(f"{Mixture([q, q]).log_prob(jnp.zeros(2)):.6f}")
         0.000000
         """
+        self.validate()
         stacked = self.stacked
-        stacked.validate()
         densities = jax.vmap(lambda q: q.log_prob(theta))(stacked)
         return jax.nn.logsumexp(densities) - math.log(self.num_members)
+
+    def validate(self, *, positive: bool = False) -> None:
+        """Raise unless all members are Gaussians; see `Posterior.validate`."""
+        _check_members(self.posteriors)
+        stacked = self._is_stacked
+        for member in [self.stacked] if stacked else self.posteriors:
+            member.validate(positive=positive)
 
 
 def _stack(*arrays):

@@ -47,3 +47,5 @@ def check_posterior(posterior, verb="sample"):
             f"`posterior` must be a posterior, got {type(posterior).__name__}. Pass "
             "`ivon_jax.posterior(params, opt_state)`."
         )
+    if hasattr(posterior, "validate"):
+        posterior.validate(positive=True)

@@ -7,6 +7,8 @@ import numpy as np
 from .. import _checks
 from .._arrays.dtypes import wide_dtype
 
+SQUARED_ERROR = "lambda f, y: 0.5 * jnp.sum((f - y) ** 2)"
+
 
 def probabilities(name, probs):
     """Reject what is no array of distributions over its last axis."""
@@ -128,8 +130,7 @@ def as_array(value):
 
 def classes(name, y, shape, num_classes, where):
     """Return the targets of a classifier as class indices of this shape."""
-    remedy = " For regression pass `loss`, such as "
-    remedy += "`lambda f, y: 0.5 * jnp.sum((f - y) ** 2)`."
+    remedy = f" For regression pass `loss`, such as `{SQUARED_ERROR}`."
     y = integers(name, one_array(name, y), remedy)
     labels(name, y, shape, num_classes, where, remedy)
     return y

@@ -143,6 +143,7 @@ def value_and_grad(
     _checks.integer_between("microbatches", microbatches, 1)
     _checks.choice("hess_estimator", hess_estimator, ESTIMATORS)
     _checks.boolean("has_aux", has_aux)
+    _checks.function("loss_fn", loss_fn)
     mean = vmap_mean if _checks.boolean("vectorize", vectorize) else scan_mean
     loss_fn = _with_aux(loss_fn, has_aux)
     if compute_dtype is not None:
