@@ -10,6 +10,8 @@ from . import (
     metrics as metrics,
     pruning as pruning,
     sensitivity as sensitivity,
+    settings as settings,
+    tuning as tuning,
 )
 from ._distributions.basis import Basis as Basis
 from ._distributions.gaussian import Posterior as Posterior
@@ -52,6 +54,8 @@ from .predictive import (
     predict as predict,
     uncertainty as uncertainty,
 )
+from .settings import recommended as recommended
+from .tuning import tune as tune
 
 __version__ = "0.2.0"
 

@@ -61,6 +61,8 @@ TESTS = {  # for each module the files that must notice; its doctests come first
         "flax",
     ],
     "calibration": ["calibration"],
+    "settings": ["settings"],
+    "tuning": ["tuning"],
     "merging": ["merging"],
     "metrics": ["metrics"],
     "predictive": ["predictive", "mixture"],

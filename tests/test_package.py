@@ -22,8 +22,9 @@ NAMES = {
         Mixture NaturalParameters PointMass Posterior RotatedPosterior SampledState
         Uncertainty calibrate calibration calibration_curve diagnostics
         evidence_lower_bound evon find_states ivon linearized mean merging metrics
-        posterior predict predictive prior pruning sample sampled scale_by_evon
-        scale_by_ivon sensitivity uncertainty value_and_grad""",
+        posterior predict predictive prior pruning recommended sample sampled
+        scale_by_evon scale_by_ivon sensitivity settings tune tuning uncertainty
+        value_and_grad""",
     "ivon_jax.calibration": """CalibrationCurve calibrate calibration_curve
         temperature_scaling""",
     "ivon_jax.diagnostics": "Diagnosis advice diagnose measure",
@@ -37,6 +38,8 @@ NAMES = {
         signal_to_noise""",
     "ivon_jax.sensitivity": """LeaveOneOut deviations leave_one_out leave_one_out_logits
         leave_one_out_loss sensitivities""",
+    "ivon_jax.settings": "recommended",
+    "ivon_jax.tuning": "tune",
 }
 
 

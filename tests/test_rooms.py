@@ -18,9 +18,10 @@ HIGHEST = 7
 FLOORS = [
     {"_rules", "_arrays", "_checks"},
     {"_distributions"},
-    {"_evaluation", "_optimizer"},
+    {"_evaluation", "_optimizer", "settings"},
     {
-        *("predictive", "calibration", "sensitivity", "merging", "pruning"),
+        *("predictive", "calibration", "tuning"),
+        *("sensitivity", "merging", "pruning"),
         *("metrics", "diagnostics", "flax"),
     },
 ]
@@ -105,10 +106,10 @@ def test_flax_is_imported_in_one_room_alone():
 
 
 def test_the_core_imports_jax_optax_and_the_standard_library():
-    """NumPy comes with jax."""
+    """NumPy comes with jax; tqdm and Flax are asked for where they are wanted."""
     found = {n.split(".")[0] for p, s in modules().items() for n in imports(s, p)}
     outside = found - set(sys.stdlib_module_names)
-    assert outside == {"ivon_jax", "jax", "optax", "numpy", "flax"}
+    assert outside == {"ivon_jax", "jax", "optax", "numpy", "flax", "tqdm"}
 
 
 @pytest.mark.parametrize("folder", sorted(p.name for p in PACKAGE.glob("*/")))
