@@ -34,12 +34,12 @@ import sklearn.metrics  # noqa: F401
 
 TESTS = {  # for each module the files that must notice; its doctests come first
     "_rules": ["rules", "reference"],
-    "_arrays.dtypes": ["gaussian"],
+    "_arrays.dtypes": ["transform", "gaussian"],
     "_arrays.loops": ["loops", "predictive", "gradients", "sensitivity", "calibration"],
     "_arrays.noise": ["noise"],
     "_distributions.basis": ["rotated"],
     "_distributions.densities": ["gaussian", "posterior"],
-    "_distributions.gaussian": ["gaussian", "posterior"],
+    "_distributions.gaussian": ["gaussian", "posterior", "prior"],
     "_distributions.mixture": ["mixture"],
     "_distributions.natural": ["gaussian"],
     "_distributions.rotated": ["rotated"],

@@ -249,3 +249,18 @@ def test_a_temperature_is_that_of_every_member(mixture):
     assert jax.tree.structure(tempered) == jax.tree.structure(mixture)
     for i, member in enumerate(MEMBERS):
         chex.assert_trees_all_close(tempered.member(i), member.tempered(4.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray, np.int8, np.uint16])
+def test_an_index_may_be_an_integer_of_any_kind(of):
+    mixture = ivon_jax.Mixture(MEMBERS)
+    for each in (mixture, ivon_jax.Mixture.from_stacked(mixture.stacked)):
+        np.testing.assert_array_equal(each.member(of(1)).mean, MEMBERS[1].mean)
+
+
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray])
+def test_several_indices_give_several_members(of):
+    last = len(MEMBERS) - 1
+    chosen = ivon_jax.Mixture(MEMBERS).member(of([last, -last - 1, 1]))
+    expected = np.stack([MEMBERS[i].mean for i in (last, 0, 1)])
+    np.testing.assert_array_equal(chosen.mean, expected)
