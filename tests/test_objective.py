@@ -200,7 +200,7 @@ def test_low_precision_losses_are_averaged_in_float32(key):
         q,
         q,
         key,
-        ess=jnp.asarray(3),
+        ess=jnp.int32(3),
         num_samples=300,
     )
     assert bound.dtype == jnp.float32
