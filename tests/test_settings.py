@@ -39,7 +39,7 @@ def test_the_rule():
         "hess_init": 16 / 50,
         "b2": 1 - 1 / 16_000,
         "weight_decay": 0.04 / 50,
-        "clip_radius": 0.002,
+        "clip_radius": 0.00125,
     }
     chex.assert_trees_all_close(settings, expected, rtol=1e-12)
 
@@ -77,7 +77,7 @@ def test_fine_tuning_has_its_prior_around_the_parameters():
     prior = ivon_jax.prior(PARAMS, tx.init(PARAMS))
     chex.assert_trees_all_close(prior.mean, PARAMS)
     np.testing.assert_allclose(prior.precision["b"], 100 * 0.004, rtol=1e-6)
-    assert settings["clip_radius"] == pytest.approx(4e-4)
+    assert settings["clip_radius"] == pytest.approx(2.5e-4)
     q = ivon_jax.posterior(PARAMS, tx.init(PARAMS))
     assert float(q.stddev["b"].max()) <= 0.0101
 
@@ -131,7 +131,7 @@ def test_a_mean_is_not():
 
 
 def test_it_beats_adamw_at_its_defaults_on_digits():
-    """0.15 of NLL below 0.35: far more than three runs' spread."""
+    """By 0.05 of 0.25 nats: runs of one optimizer differ by 0.01."""
     digits = load_digits()
     x = jnp.asarray((digits.data - digits.data.mean(0)) / (digits.data.std(0) + 1e-3))
     x, y = x.astype(jnp.float32), jnp.asarray(digits.target, jnp.int32)
@@ -188,4 +188,4 @@ def test_it_beats_adamw_at_its_defaults_on_digits():
     ivon = jax.jit(jax.vmap(of_ivon))(keys)
     with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
         adamw = jax.jit(jax.vmap(of_adamw))(keys)
-    assert bool(jnp.all(ivon < adamw - 0.1)), (ivon, adamw)
+    assert bool(jnp.all(ivon < adamw - 0.05)), (ivon, adamw)
