@@ -27,7 +27,7 @@ _FROM_SCRATCH = _Scale(step=2.5e-3, stddev=0.045, hess=16.0, weight_decay=0.04)
 SCALES = {
     "classification": _FROM_SCRATCH,
     # Gaussians that fit well are narrow: much curvature, and longer ways to go.
-    "regression": _FROM_SCRATCH._replace(step=1e-2, stddev=0.022, hess=64.0),
+    "regression": _Scale(step=6e-3, stddev=0.032, hess=32.0, weight_decay=0.1),
     "language_model": _FROM_SCRATCH,
     # From weights that are good already, as the paper's appendix C.4.
     "fine_tuning": _FROM_SCRATCH._replace(step=2.5e-4, stddev=0.01),
@@ -81,11 +81,11 @@ def recommended(
       num_steps: T, of the whole run.
       batch_size: B, as `num_examples` counts: for a language model, tokens.
       task: "classification" or "language_model". "regression", by a Gaussian's negative
-        log-likelihood of targets of standard deviation one: steps are four times as
-        long, the first noise is half as large, and no gradient, however large, makes a
-        step longer than `clip_radius`. "fine_tuning", from pretrained `params`, which it
-        needs: steps are a tenth as long, the first noise is not above 0.01, and the
-        prior is around `params`, in place of `weight_decay`.
+        log-likelihood of targets of standard deviation one: steps are twice as long,
+        the first noise has half the variance, and the prior is narrower; no gradient,
+        however large, makes a step longer than `clip_radius`. "fine_tuning", from
+        pretrained `params`, which it needs: steps are a tenth as long, the first noise
+        is not above 0.01, and the prior is around `params`, in place of `weight_decay`.
       params: the first parameters. Where they are small, `hess_init` grows until the
         first noise is no larger than they are.
       loss_fn: ``loss_fn(params, *batch)``, to see whether it is a mean.

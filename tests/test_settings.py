@@ -82,6 +82,12 @@ def test_fine_tuning_has_its_prior_around_the_parameters():
     assert float(q.stddev["b"].max()) <= 0.0101
 
 
+def test_regression_has_longer_steps_and_less_noise():
+    settings = recommended(1_000, 1_000, 50, task="regression")
+    np.testing.assert_allclose(settings["clip_radius"], 6e-3)
+    assert (1_000 * settings["hess_init"]) ** -0.5 <= 0.0321
+
+
 def test_fine_tuning_needs_the_parameters():
     with pytest.raises(ValueError, match="`params` must be the pretrained ones"):
         recommended(100, 1_000, 10, task="fine_tuning")
