@@ -95,3 +95,24 @@ def test_a_part_that_has_no_mutants_is_no_success(monkeypatch):
     monkeypatch.setattr("sys.argv", ["mutants.py", "_rules", "_rules.nothing"])
     with pytest.raises(SystemExit, match=r"No mutant begins with _rules\.nothing"):
         mutants.main()
+
+
+@pytest.mark.parametrize(
+    ("name", "marker", "kept"),
+    [
+        ("test_x[seed=0]", "statistical", True),
+        ("test_x[seed=1]", "statistical", False),
+        ("test_x[seed=1]", None, True),
+    ],
+)
+def test_of_three_seeds_one_is_enough_and_a_single_one_stays(name, marker, kept):
+    class Item:
+        nodeid, path = name, Path("test_x.py")
+
+        def get_closest_marker(self, of):
+            return of if of == marker else None
+
+    Item.name = name
+    items = [Item()]
+    mutants.Quickest({}).pytest_collection_modifyitems(items)
+    assert len(items) == kept
