@@ -51,8 +51,8 @@ TESTS = {  # for each module the files that must notice; its doctests come first
     "_optimizer.eigenbasis": ["evon"],
     "_optimizer.estimate": ["estimate", "gradients"],
     "_optimizer.evon": ["evon"],
-    "_optimizer.gradients": ["gradients", "contract", "parallel"],
-    "_distributions.parts": ["prior", "posterior", "flax"],
+    "_optimizer.gradients": ["gradients", "contract", "parallel", "sampled"],
+    "_distributions.parts": ["prior", "posterior", "flax", "evon"],
     "_optimizer.state": ["posterior", "prior", "sampled", "transform", "diagnostics"],
     "_optimizer.posterior": ["posterior", "prior", "sampled"],
     "_optimizer.transform": [
@@ -200,7 +200,7 @@ class Quickest:
 
 
 def _is_repetition(item):
-    """Whether a test is there with another seed: `conftest` gives the rest one alone."""
+    """Whether a test runs with other seeds, too: `conftest` gives most one alone."""
     statistical = item.get_closest_marker("statistical")
     return statistical and ("seed=1" in item.name or "seed=2" in item.name)
 

@@ -169,10 +169,11 @@ class Mixture(NamedTuple):
 
     def validate(self, *, positive: bool = False) -> None:
         """Raise unless all members are Gaussians; see `Posterior.validate`."""
-        _check_members(self.posteriors)
-        stacked = self._is_stacked
-        for member in [self.stacked] if stacked else self.posteriors:
-            member.validate(positive=positive)
+        if self._is_stacked:  # all of them at once
+            return self.stacked.validate(positive=positive)
+        for index in range(self.num_members):
+            self.member(index).validate(positive=positive)
+        return None
 
 
 def _stack(*arrays):
