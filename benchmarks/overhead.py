@@ -81,7 +81,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """An optimizer; the last two are for IVON."""
+    """An optimizer; the last two are for IVON and EVON."""
 
     name: str
     mc_samples: int = 1
@@ -98,6 +98,8 @@ class Optimizer:
                 return optax.contrib.sophia(1e-4)
             case "IVON":
                 return ivon_jax.ivon(1e-4, ess=1e6)
+            case "EVON":
+                return ivon_jax.evon(1e-4, ess=1e6)
 
 
 BASELINES = Optimizer("AdamW"), Optimizer("SGD"), Optimizer("Sophia")
@@ -157,7 +159,7 @@ def training_step(problem, optimizer):
 
     def step(params, opt_state, key, *batch):
         extra = {}
-        if optimizer.name == "IVON":
+        if optimizer.name in ("IVON", "EVON"):
             _, estimate = ivon_jax.value_and_grad(
                 loss_fn,
                 mc_samples=optimizer.mc_samples,

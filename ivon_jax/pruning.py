@@ -24,6 +24,7 @@ from ._arrays import compiled, ranks
 from ._arrays.dtypes import wide
 from ._arrays.trees import array_leaves, like
 from ._distributions.gaussian import Posterior
+from ._distributions.rotated import RotatedPosterior
 from ._evaluation import validity
 
 
@@ -160,7 +161,7 @@ def prune(params: optax.Params | Posterior, mask: Any) -> optax.Params:
     Raises:
       TypeError, ValueError: `mask` is not of booleans, or not like the parameters.
     """
-    if isinstance(params, Posterior):
+    if isinstance(params, (Posterior, RotatedPosterior)):
         params = params.mean
     array_leaves("params", params)
     mask = _whole_mask("mask", mask, "the parameters", params)

@@ -1,6 +1,7 @@
 """A strict session: no implicit promotion, fixed seeds, double precision on demand."""
 
 import functools
+import os
 
 import jax
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Where tests run side by side, threads of factorisations wait for each other for ever.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 # Whole files: processes of their own, eight devices, whole runs, scripts.

@@ -71,6 +71,7 @@ WRAPPERS = {
     "bare": ivon,
     "schedule": lambda: ivon(learning_rate=optax.cosine_decay_schedule(0.1, 9)),
     "clip_radius": lambda: ivon(clip_radius=0.5),
+    "evon": lambda: ivon_jax.evon(**SETTINGS),
     "chain": lambda: optax.chain(optax.clip(1.0), optax.chain(TX, optax.clip(1.0))),
     "inject_hyperparams": injected,
     "multi_steps": lambda: optax.MultiSteps(TX, 2),

@@ -573,3 +573,84 @@ def test_ivon_takes_no_prior_in_bases():
     with pytest.raises(TypeError, match=r"Pass `prior.marginals`, or train with"):
         ivon_jax.ivon(0.1, 50.0, prior=q)
     ivon_jax.ivon(0.1, 50.0, prior=q.marginals).init(PARAMS)
+
+
+def test_diagnostics_measure_h_where_it_is():
+    """Of coordinates: gamma, the sum of h / (h + delta); of entries: the noise."""
+    params, opt_state = compiled_train(evon(weight_decay=0.5), PARAMS, FEW_KEYS)
+    numbers = ivon_jax.diagnostics.measure(params, opt_state)
+    hess = ivon_jax.find_states(opt_state)[0].hess
+    gamma = sum(float(jnp.sum(h / (h + 0.5))) for h in jax.tree.leaves(hess))
+    np.testing.assert_allclose(numbers["effective_params"], gamma, rtol=1e-5)
+    variance = ivon_jax.posterior(params, opt_state).variance
+    noise, weights = (
+        sum(float(jnp.sum(x)) for x in jax.tree.leaves(tree))
+        for tree in (variance, jax.tree.map(jnp.square, params))
+    )
+    expected = np.sqrt(noise / weights)
+    np.testing.assert_allclose(numbers["noise_to_weight"], expected, rtol=1e-5)
+
+
+STEPS, NUM_DATA = 12_000, 400
+
+
+def correlated_regression():
+    """Eight inputs whose variances range over a factor of 3,000, three targets."""
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    x = rng.normal(size=(NUM_DATA, 8)) * np.sqrt(np.geomspace(1, 1 / 3000, 8)) @ turn.T
+    y = x @ rng.normal(size=(8, 3)) + rng.normal(size=(NUM_DATA, 3))
+    return x, y
+
+
+def fitted(make):
+    """The posterior after a run with the curvature's average over 1,000 steps."""
+    x, y = (jnp.asarray(a, jnp.float32) for a in correlated_regression())
+    schedule = optax.cosine_decay_schedule(0.1, STEPS)
+    tx = make(schedule, ess=NUM_DATA, b2=0.999, weight_decay=1e-6)
+
+    def loss_fn(theta):
+        return 0.5 * jnp.mean(jnp.sum((x @ theta - y) ** 2, axis=1))
+
+    def body(carry, key):
+        params, opt_state = carry
+        theta = ivon_jax.sample(key, params, opt_state)
+        grads = jax.grad(loss_fn)(theta)
+        updates, opt_state = tx.update(grads, opt_state, params, sample=theta)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    params = jnp.zeros((8, 3))
+    run = jax.jit(lambda carry, keys: jax.lax.scan(body, carry, keys)[0])
+    with jax.numpy_dtype_promotion("standard"):
+        carry = run((params, tx.init(params)), jax.random.split(KEY, STEPS))
+    return ivon_jax.posterior(*carry)
+
+
+def exact():
+    """Mean, and covariance of the inputs' weights, the same for each target."""
+    x, y = correlated_regression()
+    precision = x.T @ x + NUM_DATA * 1e-6 * np.eye(8)
+    return np.linalg.solve(precision, x.T @ y), np.linalg.inv(precision)
+
+
+def covariance_error(q):
+    """Of 20,000 samples, beside the largest entry of the exact covariance."""
+    draws = np.asarray(q.sample(KEY, (20_000,))).reshape(20_000, -1)
+    expected = np.kron(exact()[1], np.eye(3))
+    return np.abs(np.cov(draws.T) - expected).max() / expected.max()
+
+
+@pytest.mark.slow
+def test_the_posterior_of_correlated_inputs_is_recovered():
+    """A curvature has a standard error of sqrt(1 - b2), 3 %: here are three of them."""
+    q = fitted(ivon_jax.evon)
+    assert_at_most(covariance_error(q), 0.1)
+    mean, covariance = exact()
+    stddev = np.sqrt(np.diag(covariance))[:, None]
+    assert_at_most(np.abs(q.mean - mean) / stddev, 0.3)
+
+
+@pytest.mark.slow
+def test_ivon_does_not_recover_it():
+    """So the problem is one where covariances count."""
+    assert 0.9 < covariance_error(fitted(ivon_jax.ivon)) < 1.1

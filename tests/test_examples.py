@@ -18,6 +18,7 @@ TOY = {
     "continual": {"EPOCHS": 1, "NUM_TASKS": 2},
     "digits": {"STEPS": 2, "NUM_SAMPLES": 2},
     "ensemble": {"STEPS": 2, "ANGLES": (0, 90)},
+    "evon": {"STEPS": 2, "NUM_SAMPLES": 2},
     "linen": {"STEPS": 2, "WIDTH": 2, "NUM_SAMPLES": 2},
     "lora": {"PRETRAIN_STEPS": 2, "STEPS": 4, "NUM_SAMPLES": 2},
     "merging": {"STEPS": 4, "SCALES": (0.5, 1.0)},

@@ -181,3 +181,24 @@ def test_means_over_samples_are_the_same_within_a_map():
     facts = facts_of("posteriors", MAPS)
     assert len(facts) == 8
     assert {name for name, found in facts.items() if not found < ROUNDING} == set()
+
+
+EVON = "eight_devices_evon.py"
+in_both_kinds = pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+
+
+@in_both_kinds
+def test_a_step_in_bases_is_that_of_one_device(kind):
+    """From the same state: the sample, the mean and h, to the rounding of float32."""
+    facts = facts_of(kind, EVON)
+    for name in ("theta", "params", "hess"):
+        assert facts[name] < 1e-4
+    assert facts["types stay"]
+    assert facts["sharded as parameters"]
+
+
+@in_both_kinds
+def test_a_sample_in_bases_gathers_each_matrix_at_most_twice(kind):
+    """The noise is drawn in parts; two products turn all 2,048 entries of it."""
+    gathered = sum(floats for _, floats in facts_of(kind, EVON)["of a sample"])
+    assert 0 < gathered <= 2 * 2048

@@ -321,3 +321,44 @@ def test_a_point_mass_in_one_alone_is_told(q):
             q.kl_divergence(p)
         with pytest.raises(ValueError, match=message):
             Posterior(q.mean, q.precision).kl_divergence(p)
+
+
+MEMBERS = {
+    "rotated": lambda: [gaussian(0), gaussian(1)],
+    "mixed": lambda: [gaussian(0), gaussian(1).marginals],
+    "stacked": lambda: jax.tree.map(
+        lambda *x: jnp.stack(x), *(gaussian(seed) for seed in range(2))
+    ),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("members", MEMBERS.values(), ids=MEMBERS)
+def test_a_mixture_may_have_such_members(members):
+    """Also beside diagonal ones, which then stand in identity bases."""
+    members = members()
+    is_list = isinstance(members, list)
+    make = ivon_jax.Mixture if is_list else ivon_jax.Mixture.from_stacked
+    mixture = make(members)
+    singles = members if is_list else [gaussian(0), gaussian(1)]
+    theta = jax.tree.map(jnp.cos, singles[0].mean)
+    densities = [np.exp(q.log_prob(theta)) for q in singles]
+    density = np.exp(mixture.log_prob(theta))
+    np.testing.assert_allclose(density, np.mean(densities), rtol=1e-10)
+    drawn = mixture.sample(KEY, (3,))
+    assert {k: v.shape for k, v in drawn.items()} == {
+        k: (3, *s) for k, s in SHAPES.items()
+    }
+    last = mixture.member(jnp.array(1))
+    np.testing.assert_allclose(last.log_prob(theta), np.log(densities[1]), rtol=1e-10)
+
+
+def test_pruning_uses_the_variances_of_entries(q):
+    scores = ivon_jax.pruning.signal_to_noise(q)
+    expected = ivon_jax.pruning.signal_to_noise(q.marginals)
+    for name, score in scores.items():
+        np.testing.assert_allclose(score, expected[name], rtol=1e-10)
+    mask = ivon_jax.pruning.by_variance(q, 0.5)
+    pruned = ivon_jax.pruning.prune(q, mask)
+    zero = sum(float(jnp.sum(x == 0)) for x in jax.tree.leaves(pruned))
+    assert zero == SIZE // 2

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._arrays import sharding
 from .._arrays.dtypes import wide
 
 
@@ -98,13 +99,13 @@ def _product(left, x, right):
     matrices = [q for q in (left, right) if q is not None]
     if not matrices:
         return x
-    x, *matrices = wide(x, *matrices)
-    product = matrix_form(x, matrices[0].ndim - 2)
+    reference, (x, *matrices) = x, wide(x, *matrices)
+    product = matrix_form(sharding.whole(x), matrices[0].ndim - 2)
     if left is not None:
         product = matmul(matrices.pop(0), product)
     if right is not None:
         product = matmul(product, matrices.pop())
-    return product.reshape(x.shape)
+    return sharding.back(product.reshape(x.shape), reference)
 
 
 def _relative(q, p):

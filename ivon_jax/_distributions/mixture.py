@@ -14,6 +14,9 @@ from .._arrays.dtypes import wide
 from .._arrays.sharding import row
 from .._arrays.trees import array_leaves, like
 from .gaussian import Posterior, each
+from .rotated import RotatedPosterior, stacked_alike
+
+FAMILIES = Posterior, RotatedPosterior
 
 
 class Stacked(NamedTuple):
@@ -21,6 +24,14 @@ class Stacked(NamedTuple):
 
     mean: optax.Params
     precision: optax.Params
+    bases: optax.Params | None = None
+
+    @property
+    def posterior(self) -> Posterior | RotatedPosterior:
+        """Of the family that the members are of."""
+        if self.bases is None:
+            return Posterior(self.mean, self.precision)
+        return RotatedPosterior(self.mean, self.precision, self.bases)
 
 
 class Mixture(NamedTuple):
@@ -44,10 +55,12 @@ class Mixture(NamedTuple):
     trees, or if the one given may be a single one.
     """
 
-    posteriors: Posterior | Stacked | Sequence[Posterior]
+    posteriors: (
+        Posterior | RotatedPosterior | Stacked | Sequence[Posterior | RotatedPosterior]
+    )
 
     @classmethod
-    def from_stacked(cls, posterior: Posterior) -> "Mixture":
+    def from_stacked(cls, posterior: Posterior | RotatedPosterior) -> "Mixture":
         """Return the mixture of M members along the first axis of every array.
 
         >>> q = Posterior(mean=jnp.zeros(3), precision=jnp.ones(3))
@@ -62,15 +75,15 @@ class Mixture(NamedTuple):
 
     @property
     def _is_stacked(self):
-        return isinstance(self.posteriors, (Posterior, Stacked))
+        return isinstance(self.posteriors, (*FAMILIES, Stacked))
 
     @property
-    def stacked(self) -> Posterior:
-        """All members as one Posterior, each array with a leading axis of M."""
+    def stacked(self) -> Posterior | RotatedPosterior:
+        """All members as one posterior, each array with a leading axis of M."""
         _check_members(self.posteriors)
         if self._is_stacked:
-            return Posterior(*self.posteriors)
-        return jax.tree.map(_stack, *self.posteriors)
+            return Stacked(*self.posteriors).posterior
+        return jax.tree.map(_stack, *stacked_alike(self.posteriors))
 
     @property
     def num_members(self) -> int:
@@ -80,7 +93,7 @@ class Mixture(NamedTuple):
             return jax.tree.leaves(self.posteriors)[0].shape[0]
         return len(self.posteriors)
 
-    def member(self, index: jax.typing.ArrayLike) -> Posterior:
+    def member(self, index: jax.typing.ArrayLike) -> Posterior | RotatedPosterior:
         """Return the Gaussian of this index, -M to M - 1, which may be an array.
 
         Raises:
@@ -185,7 +198,7 @@ def _stack(*arrays):
 def _check_members(posteriors):
     """Reject what is no mixture: nothing, several trees, or one that is not stacked."""
     array_leaves("posteriors", posteriors)
-    if isinstance(posteriors, (Posterior, Stacked)):
+    if isinstance(posteriors, (*FAMILIES, Stacked)):
         shapes = [jnp.shape(x) for x in jax.tree.leaves(posteriors)]
         lengths = {shape[:1] for shape in shapes}
         if len(lengths) != 1 or lengths & {(), (0,)}:
@@ -193,7 +206,7 @@ def _check_members(posteriors):
                 "`posteriors` must have one leading axis of members in every array, "
                 f"got lengths {sorted(lengths)}. Of one posterior, pass a list."
             )
-        if isinstance(posteriors, Posterior) and min(map(len, shapes)) < 2:
+        if isinstance(posteriors, FAMILIES) and min(map(len, shapes)) < 2:
             raise ValueError(
                 "`posteriors` must be a list, got one Posterior that may be single or "
                 f"stacked, with an array of shape {min(shapes, key=len)}. Pass "
@@ -209,12 +222,14 @@ def _check_members(posteriors):
     if not posteriors:
         raise ValueError("`posteriors` must have at least one member, got none.")
     for i, q in enumerate(posteriors):
-        if not isinstance(q, Posterior):
+        if not isinstance(q, FAMILIES):
             raise TypeError(
                 f"`posteriors[{i}]` must be a posterior, got {type(q).__name__}. Pass "
                 "`ivon_jax.posterior(params, opt_state)`."
             )
-        like(f"posteriors[{i}]", q, "`posteriors[0]`", posteriors[0])
+        # Bases may differ, also in which sides have one.
+        pair = Posterior(*q[:2]), Posterior(*posteriors[0][:2])
+        like(f"posteriors[{i}]", pair[0], "`posteriors[0]`", pair[1])
 
 
 def _index_of(index, count):

@@ -251,20 +251,20 @@ def _next_bases(state, grads, basis_every, b3):
         return state
     any_begins = jnp.any(jnp.stack([jnp.any(x) for x in jax.tree.leaves(begins)]))
 
-    def follow():
-        return _each(eigenbasis.power_iteration, state.bases, statistics)
-
-    def begin():
-        return _each(eigenbasis.eigenvectors, follow(), statistics, begins)
-
-    def turn():
-        return _turned(state, jax.lax.cond(any_begins, begin, follow))
-
     def stay():
         return state.bases, state.ivon
 
+    def follow():
+        bases = _each(eigenbasis.power_iteration, state.bases, statistics)
+        return _turned(state, bases)
+
+    def begin():
+        bases = _each(eigenbasis.eigenvectors, state.bases, statistics, begins)
+        return _turned(state, bases)
+
     due = state.count % jnp.asarray(basis_every, state.count.dtype) == 0
-    bases, inner = jax.lax.cond(due | any_begins, turn, stay)
+    branch = jnp.where(any_begins, 2, due.astype(jnp.int32))
+    bases, inner = jax.lax.switch(branch, [stay, follow, begin])
     return state._replace(bases=bases, ivon=inner)
 
 

@@ -21,6 +21,7 @@ class Trained(NamedTuple):
     mean: jax.Array  # m
     shift: jax.Array  # m - m_0
     variance: jax.Array  # sigma^2
+    spread: jax.Array  # the same of coordinates, where h is of coordinates in a basis
     delta: jax.Array  # from the prior's variance
     ess: jax.Array  # (), lambda
     count: jax.Array  # type: ignore[assignment]  # (), t; it hides tuple.count
@@ -31,7 +32,7 @@ class Trained(NamedTuple):
     @property
     def curvature(self):
         """1 / (h + delta)."""
-        return self.ess * self.variance
+        return self.ess * self.spread
 
 
 class Group(NamedTuple):
@@ -82,13 +83,17 @@ def group(params, state, given):
     ess, count = (x.astype(float) for x in (state.ess, state.count))
 
     def array(*values):
-        m, m_0, variance, prior_variance, momentum, hess = map(_as_float, values)
+        m, m_0, variance, prior_variance, spread, momentum, hess = map(
+            _as_float, values
+        )
         delta = 1.0 / (ess * prior_variance)
         spacings = _spacing(values[0]), _spacing(values[-1])
         learned = momentum, hess, spacings
-        return Trained(m, m - m_0, variance, delta, ess, count, *learned)
+        return Trained(m, m - m_0, variance, spread, delta, ess, count, *learned)
 
-    trees = [_kept(x, q.trained) for x in (q.mean, p.mean, q.variance, p.variance)]
+    of_hess = getattr(q, "coordinates", q).variance
+    trees = [q.mean, p.mean, q.variance, p.variance, of_hess]
+    trees = [_kept(x, q.trained) for x in trees]
     for name in ("momentum", "hess"):
         learned = jax.tree.leaves(getattr(state, name, None))
         trees.append(learned or [None] * len(trees[0]))
@@ -239,7 +244,7 @@ def of_loss(groups, params, opt_state, loss_fn, keys):
     median, mean = terms
     step = sum(g.size * g.one_minus_b2 for g in groups) / size
     return numbers | {
-        "expected_gap": 0.5 * _total([x.variance * x.hess for x in arrays]),
+        "expected_gap": 0.5 * _total([x.spread * x.hess for x in arrays]),
         "correction_median": median,
         "correction_mean": mean,
         "hess_noise": median * jnp.sqrt(2.0 / step),
