@@ -49,9 +49,11 @@ from .calibration import (
 )
 from .predictive import (
     Linearized as Linearized,
+    Moments as Moments,
     Uncertainty as Uncertainty,
     linearized as linearized,
     predict as predict,
+    predict_moments as predict_moments,
     uncertainty as uncertainty,
 )
 from .settings import recommended as recommended

@@ -24,6 +24,7 @@ class Limit(NamedTuple):
 POSITIVE = Limit("positive", lambda x: x > 0)
 NON_NEGATIVE = Limit("non-negative", lambda x: x >= 0)
 DECAY_RATE = Limit("in [0, 1)", lambda x: 0 <= x < 1)
+INSIDE = Limit("in (0, 1)", lambda x: 0 < x < 1)
 FRACTION = Limit("in [0, 1]", lambda x: 0 <= x <= 1)
 
 

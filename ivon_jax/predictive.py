@@ -11,10 +11,10 @@ import optax
 from . import _checks
 from ._arrays import compiled
 from ._arrays.dtypes import wide
-from ._arrays.loops import map_examples
+from ._arrays.loops import map_examples, scan_mean
 from ._distributions.gaussian import Posterior
 from ._distributions.mixture import Mixture
-from ._evaluation import jacobian, validity
+from ._evaluation import jacobian, samples, validity
 from ._evaluation.samples import mean_over_samples
 
 
@@ -128,6 +128,102 @@ def uncertainty(
     validity.probabilities("fn(theta)", probs)
     total = _entropy(probs)
     return Uncertainty(probs, total, aleatoric, jnp.maximum(total - aleatoric, 0.0))
+
+
+class Moments(NamedTuple):
+    """Mean and variance of the predicted targets, and where the variance is from."""
+
+    mean: jax.Array  # (...): E[y]
+    variance: jax.Array  # (...): Var[y], the sum of the two below
+    aleatoric: jax.Array  # (...): of the noise, the mean of the samples' variances
+    epistemic: jax.Array  # (...): of the parameters, the variance of their means
+
+    def interval(
+        self, level: jax.typing.ArrayLike = 0.95
+    ) -> tuple[jax.Array, jax.Array]:
+        r"""Return the ends of the central interval that holds a target with `level`.
+
+        :math:`m \pm \Phi^{-1}((1 + level) / 2) \sqrt{v}`, as of a Gaussian.
+
+        >>> moments = Moments(*jnp.array([0.0, 4.0, 3.0, 1.0]))
+        >>> print(*(f"{end:.2f}" for end in moments.interval(0.95)))
+        -3.92 3.92
+        """
+        level = _checks.number("level", level, _checks.INSIDE)
+        # Of the lower tail: 1 + level would be rounded.
+        tail = jnp.asarray((1 - level) / 2, self.variance.dtype)
+        radius = -jax.scipy.special.ndtri(tail) * jnp.sqrt(self.variance)
+        return self.mean - radius, self.mean + radius
+
+
+def predict_moments(
+    fn: Callable[..., tuple[jax.Array, jax.Array]],
+    posterior: Posterior | Mixture,
+    key: jax.Array,
+    num_samples: int = 64,
+    args: tuple[Any, ...] = (),
+) -> Moments:
+    r"""Predict mean and variance of targets: `uncertainty` for regression.
+
+    .. math::
+        E[y] = \frac{1}{S} \sum_s f_s, \qquad
+        Var[y] = \underbrace{\tfrac{1}{S} \sum_s v_s}_{\text{aleatoric}} +
+        \underbrace{\tfrac{1}{S} \sum_s (f_s - E[y])^2}_{\text{epistemic}}
+
+    :math:`f_s, v_s` are mean and variance of the targets at sample s, and this is the
+    law of total variance, for the mixture of the S Gaussians. The first part is noise,
+    which more data would not remove; the second is large where the samples disagree,
+    far from the training data.
+
+    >>> q = Posterior(mean=jnp.zeros(()), precision=jnp.ones(()))
+    >>> def mean_and_variance(theta, x):
+    ...     return theta * x, jnp.ones_like(x)  # the noise has variance 1
+    >>> moments = predict_moments(
+    ...     *(mean_and_variance, q, jax.random.key(0), 10_000), args=(jnp.arange(3.0),)
+    ... )
+    >>> print(moments.aleatoric, moments.epistemic.round(1))
+    [1. 1. 1.] [0. 1. 4.]
+
+    Args:
+      fn: ``fn(theta, *args) -> (mean, variance)``, a pure function: of each target,
+        two arrays of one shape (...), or one number for all variances, as where the
+        noise is known.
+      posterior: what `ivon_jax.posterior` returns, or a `Mixture`.
+      key: a JAX random key. The same key gives the samples that `predict` draws.
+      num_samples: S. Memory does not grow with it.
+      args: what `fn` takes after theta; see `predict`.
+
+    Returns:
+      A `Moments`, whose first two are what `ivon_jax.metrics.gaussian_nll`, ``crps``
+      and ``interval_coverage`` take.
+
+    Raises:
+      TypeError, ValueError: as `predict`, or `fn` does not return such a pair.
+    """
+    _checks.function("fn", fn)
+    _checks.integer_between("num_samples", num_samples, 1)
+    samples.check_posterior(posterior)
+    key = _checks.random_key("key", key)
+    _checks.arguments("args", args)
+
+    def run(posterior, key, args):
+        def outputs(theta):
+            return validity.mean_and_variance("fn(theta)", fn(theta, *args))
+
+        first = jax.tree.map(lambda x: x[0], samples.means(posterior))
+        center, _ = outputs(first)
+
+        def terms(theta):
+            mean, variance = outputs(theta)
+            return mean - center, (mean - center) ** 2, variance
+
+        draw, xs = samples.draws(posterior, key, num_samples)
+        shift, square, aleatoric = scan_mean(lambda x: terms(draw(x)), xs)
+        # Squares of what is left of the mean: those of the mean itself would cancel.
+        epistemic = jnp.maximum(square - shift**2, 0.0)
+        return Moments(center + shift, aleatoric + epistemic, aleatoric, epistemic)
+
+    return compiled.call(run, posterior, key, args, of=fn)
 
 
 class Linearized(NamedTuple):

@@ -100,6 +100,9 @@ USES = {
     "evidence_lower_bound": lambda fn, x: ivon_jax.evidence_lower_bound(
         lambda t: fn(loss)(t, x), Q, Q, KEY, ess=10, num_samples=2
     ),
+    "predict_moments": lambda fn, x: ivon_jax.predict_moments(
+        lambda t: (fn(classify)(t, x), 1.0), Q, KEY, 2
+    ),
     "linearized": lambda fn, x: ivon_jax.linearized(fn(classify), Q, x),
     "calibration_curve": lambda fn, x: ivon_jax.calibration_curve(
         lambda t: fn(probs)(t, x), Q, LABELS, KEY, num_samples=2

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 from statistical import assert_mean
 
 import ivon_jax
@@ -426,3 +427,71 @@ def test_one_logit_is_the_sigmoids():
     np.testing.assert_allclose(
         outputs.probs()[:, 0], 1 / (1 + np.exp(-scaled)), rtol=1e-6
     )
+
+
+def mean_and_variance(theta):
+    """Of six targets, with a mean far from zero."""
+    return 1e3 + theta["w"].ravel(), jnp.exp(theta["w"].ravel())
+
+
+def test_moments_are_those_of_the_mixture_of_gaussians(key):
+    """The law of total variance in double precision; a mean of 1,000 cancels not."""
+    moments = predictive.predict_moments(mean_and_variance, POSTERIOR, key, 7)
+    draws = [mean_and_variance(POSTERIOR.sample(k)) for k in jax.random.split(key, 7)]
+    means, variances = (np.float64(x) for x in zip(*draws, strict=True))
+    np.testing.assert_allclose(moments.mean, means.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(moments.aleatoric, variances.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(moments.epistemic, means.var(0), rtol=1e-3)
+    expected = variances.mean(0) + means.var(0)
+    np.testing.assert_allclose(moments.variance, expected, rtol=1e-3)
+
+
+def test_moments_of_a_mixture_have_the_disagreement_of_its_members(key):
+    """Two points: half their distance, squared."""
+    low, high = (ivon_jax.Posterior(jnp.float32([x]), None) for x in (1.0, 4.0))
+    moments = predictive.predict_moments(
+        lambda theta, noise: (theta, noise),
+        *(ivon_jax.Mixture([low, high]), key, 4, (jnp.float32(0.5),)),
+    )
+    assert [float(x[0]) for x in moments] == [2.5, 2.75, 0.5, 2.25]
+
+
+def test_a_point_has_no_epistemic_variance(key):
+    point = POSTERIOR._replace(precision={"w": None})
+    moments = predictive.predict_moments(mean_and_variance, point, key, 3)
+    np.testing.assert_array_equal(moments.epistemic, 0)
+    np.testing.assert_array_equal(moments.variance, moments.aleatoric)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.95, 1 - 1e-9])
+def test_intervals_are_the_central_ones_of_a_gaussian(level):
+    moments = predictive.Moments(*jnp.float32([[1.0], [4.0], [3.0], [1.0]]))
+    expected = stats.norm.interval(level, 1.0, 2.0)
+    np.testing.assert_allclose(np.ravel(moments.interval(level)), expected, rtol=1e-5)
+
+
+NO_MOMENTS = {
+    "a mean": (lambda t: t["w"], "`fn(theta)` must be a pair, (mean, variance) of the"),
+    "three": (lambda t: (t["w"],) * 3, "`fn(theta)` must be a pair, (mean, variance)"),
+    "other shapes": (
+        lambda t: (t["w"], t["w"][0]),
+        "`fn(theta)` must have a variance for each mean, or one for all, got shapes",
+    ),
+    "booleans": (
+        lambda t: (t["w"] > 0, t["w"]),
+        "`fn(theta)` must be real numbers, got dtype bool.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fn", "message"), NO_MOMENTS.values(), ids=NO_MOMENTS)
+def test_moments_are_of_means_and_variances(fn, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        predictive.predict_moments(fn, POSTERIOR, jax.random.key(0), 2)
+
+
+def test_moments_name_what_does_not_fit(key):
+    with pytest.raises(TypeError, match="`posterior` must be a posterior, got dict"):
+        predictive.predict_moments(mean_and_variance, POSTERIOR.mean, key)
+    with pytest.raises(ValueError, match=r"`level` must be in \(0, 1\), got 95"):
+        predictive.Moments(*jnp.ones((4, 1))).interval(95)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from . import sharding
-from .dtypes import wide_dtype
+from .dtypes import wide, wide_dtype
 
 # A plain sum of n terms in float32 is off by n * 6e-8 at worst: here below 1e-5.
 PLAIN_TERMS = 128
@@ -83,6 +83,15 @@ def vmap_mean(fn, xs):
         return jnp.mean(values, axis=0, dtype=_wide(values)).astype(values.dtype)
 
     return jax.tree.map(mean, jax.vmap(fn)(xs))
+
+
+def mean_where(values, valid, where):
+    """The mean of the `values` that count, NaN if some of these are not valid."""
+    [values] = wide(values)
+    values = jnp.where(valid, values, jnp.nan)
+    if where is None:
+        return jnp.mean(values)
+    return jnp.sum(jnp.where(where, values, 0)) / jnp.sum(where, dtype=values.dtype)
 
 
 def _without_keys(xs):

@@ -1,6 +1,7 @@
 """Means over draws from a posterior, in the memory of one."""
 
 import jax
+import jax.numpy as jnp
 
 from .. import _checks
 from .._arrays import compiled
@@ -38,6 +39,13 @@ def draws(posterior, key, num_samples):
         members = Mixture.from_stacked(stacked)
         return lambda x: members.member(x[0]).sample(x[1]), (strata, keys)
     return posterior.sample, jax.random.split(key, num_samples)
+
+
+def means(posterior):
+    """The means of all members, along first axes."""
+    if isinstance(posterior, Mixture):
+        return posterior.stacked.mean
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], posterior.mean)
 
 
 def check_posterior(posterior, verb="sample"):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _checks
-from .._arrays.dtypes import wide_dtype
+from .._arrays.dtypes import wide, wide_dtype
 
 SQUARED_ERROR = "lambda f, y: 0.5 * jnp.sum((f - y) ** 2)"
 
@@ -237,6 +237,23 @@ def log_likelihoods(name, output):
         raise TypeError(f"`{name}` must be floating-point, got dtype {output.dtype}.")
 
 
+def mean_and_variance(name, pair):
+    """Return the mean and the variance of each target, float32 or wider."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(
+            f"`{name}` must be a pair, (mean, variance) of the targets, got "
+            f"{type(pair).__name__}."
+        )
+    mean, variance = (real(name, x) for x in pair)
+    if variance.ndim and variance.shape != mean.shape:
+        raise ValueError(
+            f"`{name}` must have a variance for each mean, or one for all, got shapes "
+            f"{mean.shape} and {variance.shape}."
+        )
+    mean, variance = wide(mean, variance)
+    return mean, jnp.broadcast_to(variance, mean.shape)
+
+
 def of_predictions(name, tree, shape):
     """Reject targets that are not one for each prediction."""
     for path, array in jax.tree_util.tree_leaves_with_path(tree):
@@ -248,11 +265,17 @@ def of_predictions(name, tree, shape):
             )
 
 
-def scores(name, value, where=None):
-    """Return numbers to rank, as floating-point ones; none that counts is NaN."""
-    array = jnp.asarray(_fitting(value))
+def real(name, value):
+    """Return an array of real numbers."""
+    array = jnp.asarray(_fitting(as_array(value)))
     if not any(jnp.issubdtype(array.dtype, k) for k in (jnp.floating, jnp.integer)):
         raise TypeError(f"`{name}` must be real numbers, got dtype {array.dtype}.")
+    return array
+
+
+def scores(name, value, where=None):
+    """Return numbers to rank, as floating-point ones; none that counts is NaN."""
+    array = real(name, value)
     if jnp.issubdtype(array.dtype, jnp.integer):
         return _exact_floats(name, array, where)
     missing = _checks.known(_count_nan, array, where)
