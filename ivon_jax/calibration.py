@@ -60,8 +60,16 @@ def calibrate(
     mean. Where the mean is best, what is returned is hardly wider than a point.
 
     The data must be held out: on those of the training the best temperature is too low.
-    A few hundred examples do, for it is one number. With `predict`'s key and number of
-    samples, the NLL of its average is the one that was found here.
+    A few hundred examples do, for it is one number. Without any, keep T = 1. On digits
+    (five seeds; 100, 300 and 1,200 training examples that the network fits perfectly)
+    it had an NLL of 0.479, 0.174 and 0.078, where held-out data gave 0.479, 0.175 and
+    0.077, and the mean 0.604, 0.194 and 0.080. Training data with logits shifted by
+    `ivon_jax.sensitivity.deviations` (leave-one-out) always chose the mean; the
+    evidence lower bound chose 30 to 60, at an NLL of 0.42 and more.
+
+    With `predict`'s key and number of samples, the NLL of its average is the one that
+    was found here. For predictions without samples see
+    `ivon_jax.calibration.linearized_curve`.
 
     >>> q = Posterior(mean=jnp.array(3.0), precision=jnp.array(1e-4))
     >>> def probs(theta):  # sure of class 0, which is the label of two in three
@@ -157,21 +165,67 @@ def calibration_curve(
         def mean(log_likelihoods):
             return -jnp.mean(log_likelihoods, where=where)
 
-        means = _means(posterior)
+        means = samples.means(posterior)
         at_mean = mean(scan_log_mean_exp(log_likelihoods, means))
         outputs = fn(_first(means), *args)
         return _search(nll, temperatures), at_mean, outputs
 
-    (tried, nll), mean_nll, outputs = compiled.call(
+    tried, mean_nll, outputs = compiled.call(
         run, posterior, key, labels, where, temperatures, args, of=fn
     )
     if labels is not None:
         validity.sum_to_one("fn(theta)", outputs, where)
-    _check_finite(nll)
-    order = jnp.argsort(tried)
-    tried, nll = tried[order], nll[order]
-    best = jnp.where(_any_finite(nll), tried[_best(nll)], jnp.nan)
-    return CalibrationCurve(tried, nll, mean_nll, best)
+    return _curve(tried, mean_nll)
+
+
+def linearized_curve(
+    outputs: Any,
+    labels: jax.typing.ArrayLike,
+    *,
+    where: jax.typing.ArrayLike | None = None,
+    temperatures: jax.typing.ArrayLike | None = None,
+) -> CalibrationCurve:
+    r"""Return the NLL over the temperature of the linearised model, without samples.
+
+    Choose by it where you predict with `ivon_jax.linearized`. It pays on small data: on
+    digits, at the best temperature of each, its NLL was 10, 6 and 4 % below that of
+    16 samples for 100, 300 and 1,200 training examples.
+
+    >>> q = Posterior(mean=jnp.array([[3.0, 0.0]]), precision=jnp.full((1, 2), 0.01))
+    >>> x, y = jnp.ones((3, 1)), jnp.array([0, 0, 1])
+    >>> outputs = ivon_jax.linearized(lambda theta, x: x @ theta, q, x)
+    >>> curve = linearized_curve(outputs, y)
+    >>> calibrated = q.tempered(curve.temperature)
+    >>> print(f"{curve.mean_nll:.2f} {curve.nll.min():.2f}")
+    1.05 0.64
+
+    Args:
+      outputs: the `ivon_jax.Linearized` of held-out examples: logits, and at
+        temperature T their covariance times T.
+      labels: (N,), integers in 0..C-1.
+      where: which examples count, (N,); None for all.
+      temperatures: (K,), as those of `calibrate`.
+
+    Returns:
+      A `CalibrationCurve`. For other examples, linearise
+      ``posterior.tempered(curve.temperature)``.
+    """
+    temperatures = _candidates(temperatures)
+    validity.logits("outputs.mean", outputs.mean)
+    labels, where = _fitting(outputs.mean.shape, labels, where)
+
+    def run(outputs, labels, where, temperatures):
+        def nll(temperature):
+            covariance = outputs.covariance * temperature.astype(outputs.mean.dtype)
+            probs = outputs._replace(covariance=covariance).probs()
+            return -jnp.mean(_log_likelihoods(probs, labels), where=where)
+
+        return _search(nll, temperatures), nll(jnp.zeros([]))
+
+    tried, mean_nll = compiled.call(
+        run, outputs, labels, where, temperatures, of=linearized_curve
+    )
+    return _curve(tried, mean_nll)
 
 
 def temperature_scaling(
@@ -213,10 +267,7 @@ def temperature_scaling(
     """
     logits = jnp.asarray(logits)
     validity.logits("logits", logits)
-    labels = validity.integers("labels", labels)
-    *shape, num_classes = logits.shape
-    where = validity.which_count("where", where, tuple(shape))
-    validity.labels("labels", labels, tuple(shape), num_classes, where)
+    labels, where = _fitting(logits.shape, labels, where)
     return _temperature_scaling(*wide(logits), labels, where)
 
 
@@ -264,6 +315,14 @@ def _search(nll, temperatures):
     return jax.tree.map(jnp.ravel, tried)
 
 
+def _curve(tried, mean_nll):
+    """In order of the temperature, with the best of them."""
+    temperatures, nll = jax.lax.sort(tried, num_keys=1)
+    _check_finite(nll)
+    best = jnp.where(_any_finite(nll), temperatures[_best(nll)], jnp.nan)
+    return CalibrationCurve(temperatures, nll, mean_nll, best)
+
+
 def _best(nll):
     return jnp.argmin(jnp.where(jnp.isnan(nll), jnp.inf, nll))
 
@@ -291,25 +350,23 @@ def _candidates(temperatures):
 
 def _validated(fn, posterior, labels, where, args):
     """Checked labels and mask, of the shape that the outputs of `fn` have."""
-    one = jax.eval_shape(lambda q: _first(_means(q)), posterior)
+    one = jax.eval_shape(lambda q: _first(samples.means(q)), posterior)
     outputs = jax.eval_shape(lambda theta: fn(theta, *args), one)
     validity.one_array("fn(theta)", outputs)
     if labels is None:
         validity.log_likelihoods("fn(theta)", outputs)
         return None, validity.which_count("where", where, outputs.shape)
-    labels = validity.integers("labels", labels)
     validity.distributions("fn(theta)", outputs)
-    *shape, num_classes = outputs.shape
+    return _fitting(outputs.shape, labels, where)
+
+
+def _fitting(outputs_shape, labels, where):
+    """Checked labels and mask, for outputs of this shape."""
+    *shape, num_classes = outputs_shape
+    labels = validity.integers("labels", labels)
     where = validity.which_count("where", where, tuple(shape))
     validity.labels("labels", labels, tuple(shape), num_classes, where)
     return labels, where
-
-
-def _means(posterior):
-    """The means of all members, along first axes."""
-    if isinstance(posterior, Mixture):
-        return posterior.stacked.mean
-    return jax.tree.map(lambda x: jnp.asarray(x)[None], posterior.mean)
 
 
 def _first(stacked):

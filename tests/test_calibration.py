@@ -422,3 +422,32 @@ def test_probabilities_of_zero_have_logarithms_to_scale():
 def test_temperature_scaling_names_what_does_not_fit(logits, labels, message):
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         calibration.temperature_scaling(logits, labels)
+
+
+def test_the_linearised_curve_is_the_nll_of_its_probabilities():
+    """At each temperature; the covariance is that of the tempered posterior."""
+    q, x, labels = problem(0, stddev=1.0)
+    q = q._replace(mean={"w": 3 * q.mean["w"]})
+
+    def logits(theta, x):
+        return x @ theta["w"]
+
+    outputs = ivon_jax.linearized(logits, q, x)
+    curve = calibration.linearized_curve(outputs, labels)
+    for i in (0, 13, 29):
+        tempered = q.tempered(curve.temperatures[i])
+        predicted = ivon_jax.linearized(logits, tempered, x).probs()
+        np.testing.assert_allclose(curve.nll[i], nll_of(predicted, labels), rtol=2e-5)
+    np.testing.assert_allclose(curve.mean_nll, nll_of(probs(q.mean, x), labels), 1e-5)
+    best = np.argmin(curve.nll)
+    assert curve.temperature == curve.temperatures[best]
+    assert curve.nll[best] < 0.95 * curve.mean_nll
+    where = np.arange(N) < 40
+    masked = calibration.linearized_curve(outputs, labels.at[50].set(-1), where=where)
+    some = jax.tree.map(lambda a: a[:40], outputs)
+    expected = calibration.linearized_curve(some, labels[:40])
+    chex.assert_trees_all_close(masked, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"`labels` must be in 0\.\.2, got 3"):
+        calibration.linearized_curve(outputs, labels + 1)
+    with pytest.raises(ValueError, match="`temperatures` must have shape"):
+        calibration.linearized_curve(outputs, labels, temperatures=[1.0])
