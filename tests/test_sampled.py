@@ -396,6 +396,18 @@ def test_what_is_no_float_is_not_trained(dtype):
     assert state.mean["i"].dtype == dtype
 
 
+def test_point_masses_of_the_prior_are_those_of_the_posterior():
+    """At the mean, which has more bits than the trainer's parameters."""
+    params = {"w": jnp.ones(2, jnp.bfloat16), "d": jnp.ones(2, jnp.bfloat16)}
+    parts = {"q": ivon(), "s": optax.sgd(1e-3)}
+    tx = sampled(optax.partition(parts, {"w": "q", "d": "s"}))
+    grads = jax.tree.map(jnp.ones_like, params)
+    params, state = one_step(tx, params, tx.init(params), grads)
+    q, p = ivon_jax.posterior(params, state), ivon_jax.prior(params, state)
+    np.testing.assert_array_equal(q.mean["d"], np.full(2, np.float32(1 - 1e-3)))
+    np.testing.assert_array_equal(p.mean["d"], q.mean["d"])
+
+
 def test_parameters_may_be_numbers():
     """A step with them is that with arrays."""
     numbers = {"a": 2.0, "b": jnp.ones(3)}
