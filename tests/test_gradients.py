@@ -316,6 +316,20 @@ def test_theta_of_the_second_draw_is_nan_only_where_the_loss_is(key):
     assert jnp.isnan(estimate.hess["a"]).all()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_loss_sees_the_compute_dtype(dtype, key):
+    seen = []
+
+    def loss_fn(theta):
+        seen.append(theta.dtype)
+        return jnp.sum(theta.astype(jnp.float32) ** 2)
+
+    params = jnp.ones(3)
+    grad_fn = ivon_jax.value_and_grad(loss_fn, compute_dtype=dtype)
+    grad_fn(key, params, ivon_jax.ivon(0.1, ess=10).init(params))
+    assert set(seen) == {jnp.dtype(dtype)}
+
+
 @pytest.mark.parametrize("value", [jnp.int32, "wide", 16])
 def test_compute_dtype_must_be_a_float(value):
     message = "`compute_dtype` must be a floating-point dtype such as `jnp.bfloat16`, "
