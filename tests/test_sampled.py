@@ -396,6 +396,16 @@ def test_what_is_no_float_is_not_trained(dtype):
     assert state.mean["i"].dtype == dtype
 
 
+def test_a_wrapper_that_loses_the_sample_is_told():
+    inner = ivon()
+    narrow = optax.GradientTransformation(
+        inner.init,
+        lambda updates, state, params=None: inner.update(updates, state, params),
+    )
+    with pytest.raises(ValueError, match="it was lost on the way"):
+        one_step(sampled(narrow), THETA0, sampled(narrow).init(THETA0))
+
+
 def test_point_masses_of_the_prior_are_those_of_the_posterior():
     """At the mean, which has more bits than the trainer's parameters."""
     params = {"w": jnp.ones(2, jnp.bfloat16), "d": jnp.ones(2, jnp.bfloat16)}
