@@ -91,7 +91,8 @@ def ivon_step(optimizer, params, opt_state, rows, key):
 
 
 # %%
-# The rest is the same for both. Each step of IVON needs a random key of its own.
+# The rest is the same for both: the first weights, the batches, the loop. Each step of
+# IVON needs a random key of its own.
 
 
 def fit(optimizer, step):
