@@ -49,7 +49,6 @@ TESTS = {  # for each module the files that must notice; its doctests come first
     "_evaluation.samples": ["predictive", "mixture", "calibration"],
     "_optimizer.batches": ["gradients"],
     "_optimizer.eigenbasis": ["evon"],
-    "_optimizer.estimate": ["estimate", "gradients"],
     "_optimizer.evon": ["evon"],
     "_optimizer.gradients": ["gradients", "contract", "parallel", "sampled"],
     "_distributions.parts": ["prior", "posterior", "flax", "evon"],

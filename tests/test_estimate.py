@@ -67,6 +67,16 @@ def test_other_optimizers_take_the_gradient_alone():
     assert_trees_close(ESTIMATE.update(tx, tx.init(PARAMS), PARAMS), expected)
 
 
+def test_a_transformation_that_knows_gradients_alone_gets_these():
+    params = jnp.zeros(2)
+    tx = optax.GradientTransformation(
+        lambda _: (), lambda updates, state, _=None: (updates, state)
+    )
+    estimate = ivon_jax.Estimate(jnp.ones(2), jnp.full(2, 3.0))
+    updates, _ = estimate.update(tx, tx.init(params), params)
+    np.testing.assert_array_equal(updates, np.ones(2))
+
+
 def test_it_stands_for_gradients_where_nothing_is_before_ivon():
     expected = TX.update(GRADS, TX.init(PARAMS), PARAMS, hess=HESS)
     assert_trees_close(TX.update(ESTIMATE, TX.init(PARAMS), PARAMS), expected)
