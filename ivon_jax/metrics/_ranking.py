@@ -186,16 +186,8 @@ def risk_coverage(
       ICLR 2019.
     """
     scores, where = _scores("scores", scores, "where", where)
-    errors = validity.as_array(errors)
-    if errors.dtype == bool:
-        errors = jnp.asarray(errors).astype(float)
-    errors = validity.scores("errors", errors, where)
-    if errors.shape != scores.shape:
-        raise ValueError(
-            f"`errors` must have the scores' shape {scores.shape}, got {errors.shape}."
-        )
-    max_risk = validity.real("max_risk", max_risk)
-    return _risk_coverage(scores, errors, where, max_risk)
+    losses = _errors(errors, scores.shape, where)
+    return _risk_coverage(scores, losses, where, validity.real("max_risk", max_risk))
 
 
 @jax.jit
@@ -235,6 +227,18 @@ def _risk_coverage(scores, errors, where, max_risk):
     }
     valid = (count > 0) & ~jnp.any(jnp.isnan(scores) | jnp.isnan(errors))
     return {name: jnp.where(valid, x, jnp.nan) for name, x in result.items()}
+
+
+def _errors(errors, shape, where):
+    """Checked errors, as floating-point numbers of this shape."""
+    errors = validity.as_array(errors)
+    if errors.shape != shape:
+        raise ValueError(
+            f"`errors` must have the scores' shape {shape}, got {errors.shape}."
+        )
+    if errors.dtype == bool:
+        return jnp.asarray(errors).astype(float)
+    return validity.scores("errors", errors, where)
 
 
 def _selected(scores, errors, where):
