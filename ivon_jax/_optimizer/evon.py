@@ -11,7 +11,7 @@ from .._distributions.gaussian import Posterior
 from .._distributions.parts import over
 from .._distributions.rotated import RotatedPosterior
 from . import eigenbasis, transform
-from .state import EVONState
+from .state import EVONState, flat_like
 
 WEIGHT_DECAY = 1e-6
 MORE_THAN_ONE = _checks.Limit("more than 1", lambda x: x > 1)
@@ -72,8 +72,12 @@ def scale_by_evon(
 
         bases = jax.tree.map(identity, params, stacks(params))
         statistics = jax.tree.map(eigenbasis.no_statistic, bases, is_leaf=is_basis)
-        p = None if prior is None else over(params, prior)
-        return EVONState(state, bases, statistics, p)
+        flat = [flat_like(tree, params) for tree in (bases, statistics)]
+        if prior is None:
+            return EVONState(state, *flat, None, None)
+        p = over(params, prior)
+        own = Posterior(p.mean, p.precision)
+        return EVONState(state, *flat, own, flat_like(p.bases, params))
 
     def update(grads, state, params=None, *, sample=None, hess=None, **extra_args):
         at_mean = extra_args.get("at_mean")  # of `sampled` alone
@@ -246,7 +250,7 @@ def _next_bases(state, grads, basis_every, b3):
 
     statistics = _each(average, state.bases, state.statistics, grads)
     begins = _each(eigenbasis.begins, state.bases, state.statistics, statistics)
-    state = state._replace(statistics=statistics)
+    state = state._replace(flat_statistics=flat_like(statistics, state.hess))
     if not jax.tree.leaves(begins):
         return state
     any_begins = jnp.any(jnp.stack([jnp.any(x) for x in jax.tree.leaves(begins)]))
@@ -265,7 +269,7 @@ def _next_bases(state, grads, basis_every, b3):
     due = state.count % jnp.asarray(basis_every, state.count.dtype) == 0
     branch = jnp.where(any_begins, 2, due.astype(jnp.int32))
     bases, inner = jax.lax.switch(branch, [stay, follow, begin])
-    return state._replace(bases=bases, ivon=inner)
+    return state._replace(flat_bases=flat_like(bases, state.hess), ivon=inner)
 
 
 def _turned(state, bases):

@@ -11,7 +11,7 @@ state around it that holds the mean itself has ``mean_of(params)``. `diagnostics
 reads the fields of `IVONState`, where a state has them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +77,31 @@ class EVONState(NamedTuple):
     """What EVON remembers: IVON's state in the bases, and what these are made of."""
 
     ivon: IVONState  # of coordinates: its momentum, h and prior are theirs
-    bases: optax.Params  # a `Basis` for each array: Q_L, Q_R
-    statistics: optax.Params  # a `Statistic` for each array: L, R
-    prior: RotatedPosterior | None  # in bases of its own; None: weight_decay's
+    # Of each array, in the order of the leaves: NNX takes apart what is in a variable.
+    flat_bases: Any  # a `Basis`: Q_L, Q_R
+    flat_statistics: Any  # a `Statistic`: L, R
+    own_prior: Posterior | None  # of coordinates in the next; None: weight_decay's
+    flat_prior_bases: Any  # a `Basis`; None as well
+
+    @property
+    def bases(self) -> optax.Params:
+        """A `Basis` in the place of each array."""
+        return self._tree(self.flat_bases)
+
+    @property
+    def statistics(self) -> optax.Params:
+        """A `Statistic` in the place of each array."""
+        return self._tree(self.flat_statistics)
+
+    @property
+    def prior(self) -> RotatedPosterior | None:
+        """In bases of its own; None where there is `weight_decay` alone."""
+        if self.own_prior is None:
+            return None
+        return RotatedPosterior(*self.own_prior, self._tree(self.flat_prior_bases))
+
+    def _tree(self, flat):
+        return jax.tree.unflatten(jax.tree.structure(self.ivon.hess), flat)
 
     @property
     def count(self) -> jax.Array:  # type: ignore[override]
@@ -168,6 +190,12 @@ def owned(tree, params):
         return jax.tree.map(lambda _: None, param) if is_masked(x) else x
 
     return jax.tree.map(value, tree, params, is_leaf=is_masked)
+
+
+def flat_like(tree, params):
+    """What stands in `tree` for each array of `params`, one after the other."""
+    leaves = jax.tree.structure(params).flatten_up_to(tree)
+    return tuple(leaves) or params  # such as optax's placeholder, which has none
 
 
 def _owned_bases(bases, params):
