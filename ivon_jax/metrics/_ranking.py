@@ -186,7 +186,7 @@ def risk_coverage(
       ICLR 2019.
     """
     scores, where = _scores("scores", scores, "where", where)
-    losses = _errors(errors, scores.shape, where)
+    losses = _errors(errors, jnp.shape(scores), where)
     return _risk_coverage(scores, losses, where, validity.real("max_risk", max_risk))
 
 
