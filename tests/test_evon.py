@@ -79,6 +79,7 @@ class Reference:
         g_bar = self.g / (1 - self.beta1**self.t)
         u = (g_bar + self.delta * into(self.m)) / (self.h + self.delta)
         update = self.ql @ u @ self.qr.T
+        grad = grad + self.delta * self.m
         self.m = self.m - alpha * (newton_schulz(update) if orthogonalize else update)
         self.l = self.beta3 * self.l + (1 - self.beta3) * grad @ grad.T
         self.r = self.beta3 * self.r + (1 - self.beta3) * grad.T @ grad

@@ -94,8 +94,9 @@ def scale_by_evon(
         updates = out_of(bases, directions)
         if orthogonalize:
             updates = jax.tree.map(eigenbasis.orthogonalized, updates, stacks(updates))
-        state = _next_bases(state._replace(ivon=inner), grads, basis_every, b3)
-        return updates, state
+        state = state._replace(ivon=inner)
+        grads = _with_pull(state, params, grads)
+        return updates, _next_bases(state, grads, basis_every, b3)
 
     # In optax's protocol the first argument is `updates`; it is passed by position.
     tx = optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
@@ -124,7 +125,8 @@ def evon(
     For a matrix of parameters with mean M it trains the posterior :math:`\theta = M +
     Q_L (\sigma \odot E) Q_R^\top`, where E is standard normal and the columns of
     :math:`Q_L, Q_R` are the eigenvectors of SOAP's preconditioner: moving averages L, R
-    of :math:`G G^\top` and :math:`G^\top G` over the gradients G. There it is `ivon`:
+    of :math:`G G^\top` and :math:`G^\top G` over the gradients G, for which
+    :math:`\delta M` is added to them. There it is `ivon`:
     with the coordinates :math:`G' = Q_L^\top G Q_R` of the gradient at :math:`\theta`,
     :math:`E'` of :math:`\theta - M` and :math:`M'` of the mean,
 
@@ -240,6 +242,27 @@ def _with_prior(state, params, coordinates):
     diagonal = state.ivon.prior.precision
     means = _each(mean, state.bases, p.bases, p.mean, coordinates, pull, diagonal)
     return state.ivon._replace(prior=Posterior(means, diagonal))
+
+
+def _with_pull(state, params, grads):
+    r"""The gradient of all that is minimised, :math:`G + \delta M`, wide.
+
+    That of the loss alone is not zero on average where the prior pulls, and would turn
+    the directions of which the data say little. It stays zero where the loss's is: a
+    layer that has no gradient yet has no basis yet.
+    """
+    p, ess = state.prior, state.ess
+    if p is None:
+        q = state.ivon.prior_of(params)
+        pull = q.precision_times(params)
+    else:
+        pull = p.precision_times(p.deviation(params))
+
+    def total(grad, pull):
+        grad = jnp.asarray(grad, pull.dtype)
+        return jnp.where(grad == 0, grad, grad + pull / ess.astype(pull.dtype))
+
+    return jax.tree.map(total, grads, pull)
 
 
 def _next_bases(state, grads, basis_every, b3):
