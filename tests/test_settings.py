@@ -39,7 +39,7 @@ def test_the_rule():
         "hess_init": 16 / 50,
         "b2": 1 - 1 / 16_000,
         "weight_decay": 0.04 / 50,
-        "clip_radius": 0.00125,
+        "clip_radius": 0.0005,
     }
     chex.assert_trees_all_close(settings, expected, rtol=1e-12)
 
@@ -77,14 +77,14 @@ def test_fine_tuning_has_its_prior_around_the_parameters():
     prior = ivon_jax.prior(PARAMS, tx.init(PARAMS))
     chex.assert_trees_all_close(prior.mean, PARAMS)
     np.testing.assert_allclose(prior.precision["b"], 100 * 0.004, rtol=1e-6)
-    assert settings["clip_radius"] == pytest.approx(2.5e-4)
+    assert settings["clip_radius"] == pytest.approx(2e-4)
     q = ivon_jax.posterior(PARAMS, tx.init(PARAMS))
     assert float(q.stddev["b"].max()) <= 0.0101
 
 
 def test_regression_has_longer_steps_and_less_noise():
     settings = recommended(1_000, 1_000, 50, task="regression")
-    np.testing.assert_allclose(settings["clip_radius"], 6e-3)
+    np.testing.assert_allclose(settings["clip_radius"], 5e-3)
     assert (1_000 * settings["hess_init"]) ** -0.5 <= 0.0321
 
 
