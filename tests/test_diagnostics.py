@@ -14,6 +14,7 @@ from statistical import assert_mean
 import ivon_jax
 from ivon_jax import diagnostics, pruning
 from ivon_jax._arrays import ranks
+from ivon_jax.diagnostics import _advice
 
 HESS_INIT, B1, B2 = 0.5, 0.8, 0.99
 SETTINGS = {"hess_init": HESS_INIT, "b1": B1, "b2": B2, "clip_radius": 0.7}
@@ -126,6 +127,7 @@ def state_numbers(m, shift, g, h, delta, ess, t):
         "hess_memory": share,
         "hess_half_life": np.log(0.5) / np.log(B2),
         "hess_drift": np.sort(np.abs(h - HESS_INIT) / HESS_INIT)[(m.size - 1) // 2],
+        "hess_spread": spread(h),
         "hess_target": (h.mean() - share * HESS_INIT) / (1 - share),
         "hess_decayed": 0.0,
         "hess_rounding": np.finfo(np.float64).eps / (1 - B2),
@@ -135,6 +137,13 @@ def state_numbers(m, shift, g, h, delta, ess, t):
         * np.sum(ratio - np.log(ratio) + ess * delta * shift**2 - 1),
         "clipped": np.mean(np.abs(direction) > 0.7),
     }
+
+
+def spread(h):
+    """Of odd and even numbers of entries alike: the lower medians."""
+    middle = (h.size - 1) // 2
+    median = np.sort(h)[middle]
+    return np.sort(np.abs(h - median))[middle] / np.abs(median)
 
 
 def assert_numbers(numbers, expected, rtol=1e-9):
@@ -188,12 +197,14 @@ def gradient(w, b):
     return np.concatenate([(np.cos(w) * np.cos(b[0])).ravel(), by_b])
 
 
-def loss_numbers(m, h, delta, ess, thetas):
+def loss_numbers(m, shift, h, delta, ess, thetas):
     """The numbers of a loss at given samples, in NumPy."""
     variance = 1 / (ess * (h + delta))
     grads = np.array([gradient(theta[:6], theta[6:]) for theta in thetas])
     losses = [np.sin(t[:6]).sum() * np.cos(t[6]) for t in thetas]
-    at_mean = np.sin(m[:6]).sum() * np.cos(m[6])
+    at_mean, at_prior = (
+        np.sin(t[:6]).sum() * np.cos(t[6]) for t in (m, np.subtract(m, shift))
+    )
     step = (1 - B2) * (grads * (thetas - m) / variance - h)
     terms = np.sort(np.abs(step) / (2 * (h + delta)), axis=1)
     noise = np.sum(grads.var(axis=0, ddof=1))
@@ -203,6 +214,8 @@ def loss_numbers(m, h, delta, ess, thetas):
         "loss_at_mean": at_mean,
         "loss_at_samples": np.mean(losses),
         "loss_gap": np.mean(losses) - at_mean,
+        "loss_gain": at_prior - np.mean(losses),
+        "felt_params": 2 * np.mean(ess) * (np.mean(losses) - at_mean),
         "expected_gap": 0.5 * np.sum(variance * h),
         "gradient_snr": max(signal, 0) / noise,
         "zero_gradients": 1 / 8,
@@ -219,7 +232,7 @@ def test_numbers_of_a_loss_are_their_formulas_at_the_samples_of_split_keys(
 ):
     params = start()
     opt_state = trained(make(), params)
-    m, _, _, h, delta, ess = columns(expected_arrays(params, opt_state, settings))
+    m, shift, _, h, delta, ess = columns(expected_arrays(params, opt_state, settings))
     numbers = jax.jit(
         lambda p, s, k: diagnostics.measure(
             p, s, **SETTINGS, loss_fn=loss_fn, key=k, num_samples=5
@@ -228,9 +241,43 @@ def test_numbers_of_a_loss_are_their_formulas_at_the_samples_of_split_keys(
     thetas = [ivon_jax.sample(k, params, opt_state) for k in jax.random.split(key, 5)]
     thetas = np.array([np.concatenate([t["w"].ravel(), t["b"]]) for t in thetas])
     without = diagnostics.measure(params, opt_state, **SETTINGS)
-    expected = loss_numbers(m, h, delta, ess, thetas)
+    expected = loss_numbers(m, shift, h, delta, ess, thetas)
     assert_numbers({k: numbers[k] for k in set(numbers) - set(without)}, expected)
     assert_numbers({k: numbers[k] for k in without}, without)
+
+
+def test_numbers_of_predictions_are_their_formulas(key):
+    params, opt_state = small()
+    inputs = jax.random.normal(jax.random.key(8), (50, 4))
+    labels = (inputs[:, 1] > 0).astype(int)
+
+    def probs(theta):
+        return jax.nn.softmax(jnp.stack([inputs @ theta, inputs @ theta[::-1]], 1))
+
+    numbers = diagnostics.measure(
+        params, opt_state, fn=probs, labels=labels, key=key, num_samples=3
+    )
+    keys = jax.random.split(key, 3)
+    averaged = np.mean(
+        [probs(ivon_jax.sample(k, params, opt_state)) for k in keys], axis=0
+    )
+    rows = np.arange(50)
+    before, after = (-np.log(p[rows, labels]) for p in (probs(params), averaged))
+    right, sure = averaged.argmax(1) == labels, averaged.max(1)
+
+    def at_least(x):
+        return x.mean() - 3 * x.std() / np.sqrt(50)
+
+    expected = {
+        "nll_at_mean": before.mean(),
+        "nll_of_samples": after.mean(),
+        "nll_excess": at_least(after - before) / before.mean(),
+        "accuracy": right.mean(),
+        "confidence": sure.mean(),
+        "confidence_gap": at_least(right - sure),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(numbers[name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.statistical
@@ -411,6 +458,23 @@ def quadratic(theta):
     return 0.5 * jnp.sum(distance**2)
 
 
+NO_LABELS = jnp.zeros(50, int)
+
+
+def two_classes(right):
+    """Probabilities of fifty examples, of the first class and of the other."""
+    return jnp.broadcast_to(jnp.stack([right, 1.0 - right]), (50, 2))
+
+
+def fragile(theta):
+    """Probabilities that noise takes away."""
+    return two_classes(0.6 * jnp.exp(-200.0 * (theta[0] - 1.0) ** 2))
+
+
+def unsure(theta):
+    return two_classes(0.6 + 0.0 * theta[0])
+
+
 CASES = {
     "nan_mean": ({"params": [1.0, np.nan, 1.0, 1.0]}, {}, "DIVERGED"),
     "inf_momentum": ({"momentum": [0.0, 0.0, np.inf, 0.0]}, {}, "DIVERGED"),
@@ -427,6 +491,11 @@ CASES = {
         {"loss_fn": lambda t: jnp.where(t[0] > 1.0, jnp.inf, t[0])},
         "GAP",
     ),
+    "untrained": ({}, {"loss_fn": lambda t: 0.5 * jnp.sum(t**2)}, "UNTRAINED"),
+    "idle": ({}, {"loss_fn": lambda t: 1.0 + 0.01 * quadratic(t)}, "IDLE"),
+    "worse": ({}, {"fn": fragile, "labels": NO_LABELS}, "WORSE"),
+    "unsure": ({}, {"fn": unsure, "labels": NO_LABELS}, "UNSURE"),
+    "batches": ({}, {"num_examples": 1600, "batch_size": 16}, "BATCHES"),
     "narrow": ({"ess": 1e9}, {}, "NARROW"),
     "memory": ({"count": 2_000}, {}, "MEMORY"),
     "memory_of_the_whole_run": ({}, {"num_steps": 2_000}, "MEMORY"),
@@ -448,14 +517,14 @@ def advice_of(state, settings, key):
 @pytest.mark.parametrize(("state", "settings", "name"), CASES.values(), ids=CASES)
 def test_each_rule_is_provoked_alone(state, settings, name, key):
     [sentence] = advice_of(state, settings, key)
-    beginning = getattr(diagnostics, name).split("{")[0]
+    beginning = getattr(_advice, name).split("{")[0]
     assert sentence.startswith(beginning)
     assert "{" not in sentence
 
 
 def test_every_rule_is_provoked_and_of_a_number_that_is_measured():
     sentences = {sentence for _, _, _, sentence in diagnostics.HEALTHY}
-    assert sentences == {getattr(diagnostics, name) for _, _, name in CASES.values()}
+    assert sentences == {getattr(_advice, name) for _, _, name in CASES.values()}
     params, opt_state = small()
     numbers = diagnostics.measure(
         params,
@@ -463,6 +532,10 @@ def test_every_rule_is_provoked_and_of_a_number_that_is_measured():
         **HEALTHY_SETTINGS,
         clip_radius=1.0,
         loss_fn=quadratic,
+        fn=unsure,
+        labels=NO_LABELS,
+        num_examples=1600,
+        batch_size=16,
         key=jax.random.key(0),
     )
     assert {name for name, _, _, _ in diagnostics.HEALTHY} <= set(numbers)
@@ -506,7 +579,7 @@ def test_a_run_with_the_mean_for_a_sample_is_told_whatever_the_rest(b2):
 
 
 def test_a_clip_is_advised_with_what_goes_with_it():
-    for sentence in (diagnostics.DIVERGED,):
+    for sentence in (_advice.DIVERGED,):
         assert "clip_radius=1e-3 and rescale_lr=False" in sentence
 
 
@@ -640,6 +713,32 @@ BAD = [
         {"loss_fn": lambda t: t, "key": jax.random.key(0)},
         ValueError,
         "`loss_fn` must return a scalar, the mean loss per example, got shape (4,).",
+    ),
+    (
+        {"fn": unsure, "labels": NO_LABELS},
+        ValueError,
+        "`key` must be a JAX random key where `fn` is given, got None. Pass ",
+    ),
+    (
+        {"fn": unsure, "key": jax.random.key(0)},
+        ValueError,
+        "`labels` must be given with `fn`, got None.",
+    ),
+    (
+        {"fn": unsure, "labels": NO_LABELS[:3], "key": jax.random.key(0)},
+        ValueError,
+        "`labels` must have the shape of `fn(theta)` without its last axis, that of "
+        "classes, got (3,) and (50, 2).",
+    ),
+    (
+        {"batch_size": 8},
+        ValueError,
+        "`num_examples` must be given with `batch_size`, got None.",
+    ),
+    (
+        {"batch_size": 8, "num_examples": 0},
+        ValueError,
+        "`num_examples` must be at least 1, got 0.",
     ),
     (
         {"params": jnp.zeros((0, 4)), "opt_state": small(params=np.zeros((0, 4)))[1]},

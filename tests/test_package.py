@@ -27,7 +27,7 @@ NAMES = {
         uncertainty value_and_grad""",
     "ivon_jax.calibration": """CalibrationCurve calibrate calibration_curve
         linearized_curve temperature_scaling""",
-    "ivon_jax.diagnostics": "Diagnosis advice diagnose measure",
+    "ivon_jax.diagnostics": "Diagnosis advice check_step diagnose measure",
     "ivon_jax.flax": """Model TrainState arrays mean posterior prior sample
         value_and_grad""",
     "ivon_jax.merging": "diagonal_fisher merge task_arithmetic",
@@ -46,7 +46,7 @@ NAMES = {
 
 
 def is_public(module, name, value):
-    """Of a module, what it defines; of the front door, all that it shows of ours."""
+    """Of a module, what it or its rooms define; of the front door, all that is ours."""
     if name.startswith("_"):
         return False
     if inspect.ismodule(value):

@@ -6,11 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import _checks, _rules
+from .. import _rules
 from .._arrays import ranks
-from .._arrays.loops import scan_mean
-from .._optimizer.gradients import value_and_grad
-from .._optimizer.state import check_settings, find_states
+from .._optimizer.state import check_settings
 
 SETTINGS = "b1", "one_minus_b2", "hess_init", "clip_radius"
 
@@ -46,7 +44,7 @@ class Group(NamedTuple):
 
     @property
     def size(self):
-        return _size(self.arrays)
+        return size_of(self.arrays)
 
     @property
     def has_average(self):
@@ -93,7 +91,7 @@ def group(params, state, given):
 
     of_hess = getattr(q, "coordinates", q).variance
     trees = [q.mean, p.mean, q.variance, p.variance, of_hess]
-    trees = [_kept(x, q.trained) for x in trees]
+    trees = [kept(x, q.trained) for x in trees]
     for name in ("momentum", "hess"):
         learned = jax.tree.leaves(getattr(state, name, None))
         trees.append(learned or [None] * len(trees[0]))
@@ -112,7 +110,7 @@ def _spacing(value):
     return 0.0 if value is None else float(jnp.finfo(jnp.result_type(value)).eps)
 
 
-def _kept(tree, trained):
+def kept(tree, trained):
     """The arrays of `tree` that are trained."""
     kept = jax.tree.map(lambda t, x: x if t else None, trained, tree)
     return jax.tree.leaves(kept)
@@ -121,19 +119,19 @@ def _kept(tree, trained):
 def of_weights(groups):
     """What any optimizer with a posterior has."""
     arrays = [x for g in groups for x in g.arrays]
-    size = _size(arrays)
+    size = size_of(arrays)
     learned = [v for x in arrays for v in (x.mean, x.hess, x.momentum) if v is not None]
-    noise = _total([x.variance for x in arrays])
-    weights = _total([x.mean**2 for x in arrays])
+    noise = total([x.variance for x in arrays])
+    weights = total([x.mean**2 for x in arrays])
     lost = [x.variance < (x.spacings[0] * x.mean) ** 2 for x in arrays]
     return {
         "count": jnp.min(jnp.stack([x.count for x in arrays])),
         "ess": sum(x.ess * float(x.mean.size) for x in arrays) / size,
-        "weight_decay": _total([x.delta for x in arrays]) / size,
+        "weight_decay": total([x.delta for x in arrays]) / size,
         "num_params": size,
-        "non_finite": _total([~jnp.isfinite(v) for v in learned]) / _entries(learned),
+        "non_finite": total([~jnp.isfinite(v) for v in learned]) / entries(learned),
         "noise_to_weight": jnp.sqrt(noise / weights),
-        "rounded": _total(lost) / size,
+        "rounded": total(lost) / size,
     }
 
 
@@ -142,7 +140,7 @@ def of_hess(groups, num_steps):
     arrays = [x for g in groups for x in g.arrays]
     pairs = [(x.hess, g.hess_init) for g in groups for x in g.arrays]
     hess = [x.hess for x in arrays]
-    size = _size(arrays)
+    size = size_of(arrays)
 
     def mean_of_entries(value):
         return sum(g.size * value(g) for g in groups) / size
@@ -152,11 +150,11 @@ def of_hess(groups, num_steps):
 
     def target(g):
         # The mean way of h from hess_init, in which nothing cancels.
-        way = _total([x.hess - g.hess_init for x in g.arrays]) / g.size
+        way = total([x.hess - g.hess_init for x in g.arrays]) / g.size
         return g.hess_init + way / g.learned_share
 
     lowest, highest = _range(hess)
-    gamma = _total([jnp.maximum(x.hess, 0.0) * x.curvature for x in arrays])
+    gamma = total([jnp.maximum(x.hess, 0.0) * x.curvature for x in arrays])
     rounding = [x.spacings[1] / g.one_minus_b2 for g in groups for x in g.arrays]
     peaks = [jnp.max(h, initial=-jnp.inf) / h_0 for h, h_0 in pairs]
     return {
@@ -164,16 +162,24 @@ def of_hess(groups, num_steps):
         "hess_min": lowest,
         "hess_max": highest,
         "hess_peak": jnp.max(jnp.stack(peaks)),
-        "hess_negative": _total([h <= 0 for h in hess]) / size,
+        "hess_negative": total([h <= 0 for h in hess]) / size,
         "hess_memory": mean_of_entries(lambda g: jnp.exp(steps(g) * g.log_b2)),
         "hess_half_life": mean_of_entries(lambda g: -math.log(2.0) / g.log_b2),
         "hess_drift": ranks.lower_median([jnp.abs(h - h_0) / h_0 for h, h_0 in pairs]),
+        "hess_spread": _spread([h / h_0 for h, h_0 in pairs]),
         "hess_target": mean_of_entries(target),
         "hess_decayed": sum(map(_decayed, groups)) / size,
         "hess_rounding": jnp.max(jnp.stack(rounding)),
         "effective_params": gamma,
         "effective_share": gamma / size,
     }
+
+
+def _spread(arrays):
+    """The median distance from the median, relative to it."""
+    median = ranks.lower_median(arrays)
+    distance = ranks.lower_median([jnp.abs(x - median) for x in arrays])
+    return distance / jnp.maximum(jnp.abs(median), jnp.finfo(median.dtype).tiny)
 
 
 def _decayed(group):
@@ -186,7 +192,7 @@ def _decayed(group):
     limit = (0.01 + group.one_minus_b2) * hess_init
     bare = (share > 0.01) & (jnp.abs(target) < limit)
     spacing = 2.0 * float(jnp.finfo(jnp.float32).eps)
-    alike = _total([jnp.abs(h - median) <= spacing * median for h in hess])
+    alike = total([jnp.abs(h - median) <= spacing * median for h in hess])
     return jnp.where(bare, alike, 0.0)
 
 
@@ -199,77 +205,19 @@ def clipped_share(groups):
         return jnp.abs(direction) > g.clip_radius
 
     arrays = [clipped(g, x) for g in groups for x in g.arrays]
-    return _total(arrays) / _entries(arrays)
+    return total(arrays) / entries(arrays)
 
 
-def of_loss(groups, params, opt_state, loss_fn, keys):
-    """What takes samples."""
-    arrays = [x for g in groups for x in g.arrays]
-    size, count = _size(arrays), len(keys)
-    has_hess = all(g.has_average for g in groups)
-
-    def loss(theta):
-        return _checks.scalar_loss(loss_fn(theta))
-
-    def corrections(hess_hats):
-        hess_hats = iter(hess_hats)
-        terms = [
-            0.5 * g.one_minus_b2 * jnp.abs(next(hess_hats) - x.hess) * x.curvature
-            for g in groups
-            for x in g.arrays
-        ]
-        return ranks.lower_median(terms), _total(terms) / size
-
-    def at_sample(key):
-        value, estimate = value_and_grad(loss)(key, params, opt_state)
-        grads, hess_hats = _split(estimate, params, opt_state)
-        norm2 = _total([g**2 for g in grads])
-        terms = corrections(hess_hats) if has_hess else None
-        return value.astype(float), grads, norm2, terms
-
-    loss_at_samples, grads, norm2, terms = scan_mean(at_sample, keys)
-    loss_at_mean = jnp.asarray(loss(params), float)
-    norm2_of_mean = _total([g**2 for g in grads])
-    variance = (norm2 - norm2_of_mean) * count / (count - 1)
-    signal = jnp.maximum(norm2_of_mean - variance / count, 0.0)
-    numbers = {
-        "loss_at_mean": loss_at_mean,
-        "loss_at_samples": loss_at_samples,
-        "loss_gap": loss_at_samples - loss_at_mean,
-        "gradient_snr": signal / jnp.maximum(variance, jnp.finfo(signal.dtype).tiny),
-        "zero_gradients": _total([g == 0 for g in grads]) / size,
-    }
-    if not has_hess:
-        return numbers
-    median, mean = terms
-    step = sum(g.size * g.one_minus_b2 for g in groups) / size
-    return numbers | {
-        "expected_gap": 0.5 * _total([x.spread * x.hess for x in arrays]),
-        "correction_median": median,
-        "correction_mean": mean,
-        "hess_noise": median * jnp.sqrt(2.0 / step),
-    }
-
-
-def _split(estimate, params, opt_state):
-    """Gradients and Hessian estimates, in the order of the groups' arrays."""
-    trained = [state.posterior_of(params).trained for state in find_states(opt_state)]
-    return [
-        [x.astype(float) for t in trained for x in _kept(tree, t) if x.size]
-        for tree in estimate
-    ]
-
-
-def _size(arrays):
+def size_of(arrays):
     """P as a float: int32 ends at 2^31."""
-    return _entries([x.mean for x in arrays])
+    return entries([x.mean for x in arrays])
 
 
-def _entries(arrays):
+def entries(arrays):
     return float(sum(x.size for x in arrays))
 
 
-def _total(arrays):
+def total(arrays):
     """The sum over all entries, which counts those that are true."""
     return sum(jnp.sum(x, dtype=float) for x in arrays)
 
