@@ -263,7 +263,7 @@ def test_numbers_of_predictions_are_their_formulas(key):
     )
     rows = np.arange(50)
     before, after = (-np.log(p[rows, labels]) for p in (probs(params), averaged))
-    right, sure = averaged.argmax(1) == labels, averaged.max(1)
+    right, sure = averaged.argmax(1) == np.asarray(labels), averaged.max(1)
 
     def at_least(x):
         return x.mean() - 3 * x.std() / np.sqrt(50)

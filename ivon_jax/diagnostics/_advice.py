@@ -219,10 +219,8 @@ def advice(numbers: Mapping[str, jax.typing.ArrayLike]) -> list[str]:
         for name, lowest, highest, sentence in (*HEALTHY, *HEALTHY_STEP)
         if name in values and not lowest <= values[name] <= highest
     ]
-    found = [
-        sentence for sentence in found if not _is_explained(sentence, found, values)
-    ]
-    return [sentence.format(**values) for sentence in found]
+    told = dict.fromkeys(x for x in found if not _is_explained(x, found, values))
+    return [sentence.format(**values) for sentence in told]
 
 
 def _is_explained(sentence, found, values):

@@ -32,7 +32,7 @@ class DryRun:
 
     def __init__(self, step: Callable[..., Any], args: tuple[Any, ...]):
         self._step = step
-        self._structure = jax.tree.structure(args)
+        self._structure: Any = jax.tree.structure(args)
         self._found = _roles.of_arguments(args)
         self.leaves = jax.tree.leaves(args)
         self.returned = self._call(self.leaves)

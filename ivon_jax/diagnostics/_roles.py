@@ -18,7 +18,7 @@ class Trained(NamedTuple):
     """Where parameters and their state are, as positions among the leaves of a tree."""
 
     params: list[int]  # what IVON trains, and what stands beside it
-    structure: jax.tree_util.PyTreeDef  # of the parameters
+    structure: Any  # the tree of the parameters: jax has no type for it
     opt_state: list[int]
 
 

@@ -22,7 +22,9 @@ def of_step(
     """Take a step again and again; its numbers, and what was taken."""
     dry = DryRun(step, args)
     leaves = dry.next_leaves(dry.returned)
-    moves = 0.0 if leaves is None else _steps_between(dry, leaves)
+    if leaves is None:
+        return {"state_moves": 0.0}, dry
+    moves = _steps_between(dry, leaves)
     numbers = {"state_moves": moves}
     if not moves:
         return numbers, dry
@@ -109,7 +111,7 @@ class _Probes:
     def of_length(self, grad: np.ndarray, num_steps: int | None) -> dict[str, float]:
         """How far steps lead, and whether down."""
         dry, leaves, mean = self.dry, self.leaves, self.mean
-        state = dry.states(leaves)[0]
+        state: Any = dry.states(leaves)[0]  # with settings: all of them are IVON's
         horizon = num_steps or 1.0 / float(state.one_minus_b2)
         # Schedules warm up and decay: the longest step counts.
         counts = [None, *sorted({int(horizon * x) for x in (1e-3, 0.03, 0.1, 0.5)})]
@@ -137,7 +139,10 @@ class _Probes:
         """Where the gradient was taken, and what the optimizer was told of it."""
         mean, scale = self.mean, NOISE * self.scale
         # With h so large that steps are short, and all the same noise.
-        wide = {"hess": np.full_like(mean, 1e8), "ess": 1e-8 / scale**2}
+        wide: dict[str, Any] = {
+            "hess": np.full_like(mean, 1e8),
+            "ess": 1e-8 / scale**2,
+        }
         moved = self.dry.take(self.leaves, **wide)
         numbers = {
             "noise_in_params": float(_norm(moved.mean - mean) / _norm(moved.stddev))
