@@ -191,6 +191,7 @@ def linearized_curve(
     digits, at the best temperature of each, its NLL was 10, 6 and 4 % below that of
     16 samples for 100, 300 and 1,200 training examples.
 
+    >>> import ivon_jax
     >>> q = Posterior(mean=jnp.array([[3.0, 0.0]]), precision=jnp.full((1, 2), 0.01))
     >>> x, y = jnp.ones((3, 1)), jnp.array([0, 0, 1])
     >>> outputs = ivon_jax.linearized(lambda theta, x: x @ theta, q, x)

@@ -46,7 +46,7 @@ class Correlated(NamedTuple):
     def sample(self, key, shape=()):
         if not shape:
             return self.perturb(self.noise(key))
-        keys = jax.random.split(KEY, shape[0])
+        keys = jax.random.split(key, shape[0])
         return jax.vmap(lambda key: self.sample(key, shape[1:]))(keys)
 
     def hess_estimate(self, grad, theta):

@@ -27,7 +27,7 @@ def mean(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
 
     Args:
       params: the trainer's parameters.
-      opt_state: any optax state, found by type as in `posterior`.
+      opt_state: any optax state, as for `posterior`.
 
     Returns:
       A tree with the structure and shapes of `params`. What a `sampled` owns is float32
