@@ -24,8 +24,7 @@ All have the same learning rate, schedule and steps, and b2 of which 1 / (1 - b2
 small part of the run. Rows of EVON differ from the first in one setting. At the end
 stand time and memory of a whole training step, in the programs of overhead.py.
 
-Toy size: `--steps 20 --rounds 2 --draws 64 --iterations 5 --seeds 1 --networks mlp \
---width 8`
+Toy size: `--steps 20 --rounds 2 --draws 64 --iterations 5 --seeds 1 --networks mlp`
 """
 
 import dataclasses
