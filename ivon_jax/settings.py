@@ -73,7 +73,9 @@ def recommended(
       what is left to win is here: noisy labels want more of it, clean ones less, and
       `tune` finds out.
 
-    They come from some twenty small tasks: see benchmarks/README.md.
+    The numbers were chosen by hand on small networks. benchmarks/README.md has how they
+    do on twelve runs of classification and regression; for language models and
+    fine-tuning they follow from the paper's, and were not measured.
 
     Args:
       num_examples: N, the terms of which the loss of the training set is a mean:
@@ -88,14 +90,17 @@ def recommended(
         is not above 0.01, and the prior is around `params`, in place of `weight_decay`.
       params: the first parameters. Where they are small, `hess_init` grows until the
         first noise is no larger than they are.
-      loss_fn: ``loss_fn(params, *batch)``, to see whether it is a mean.
-      batch: some examples, a tuple of pytrees of arrays, for `loss_fn`.
+      loss_fn: ``loss_fn(params, *batch)``, to see whether it is a mean; it needs
+        `params` and `batch`.
+      batch: some examples, a tuple of pytrees of arrays.
 
     Returns:
       Arguments of `ivon`, to be changed at will.
 
     Raises:
-      TypeError, ValueError: an argument is of the wrong kind or out of range.
+      TypeError, ValueError: an argument is of the wrong kind, out of range or missing.
+
+    Warns:
       UserWarning: the loss is a sum over the batch, or not finite.
 
     References:
@@ -159,6 +164,9 @@ def _check_mean(loss_fn, params, batch):
     """Warn of a loss that doubles with twice the batch."""
     _checks.function("loss_fn", loss_fn)
     _checks.arguments("batch", batch)
+    for name, value in {"params": params, "batch": batch or None}.items():
+        if value is None:
+            raise ValueError(f"`{name}` must be given with `loss_fn`, got {value}.")
     twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)
     once, twice = (float(loss_fn(params, *x)) for x in (batch, twice))
     if not np.isfinite(once):

@@ -34,14 +34,15 @@ def tune(
     batch_size: int,
     num_trials: int = 16,
     num_rungs: int = 3,
-    search: Mapping[str, tuple[float, float]] = SEARCH,
+    search: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
     r"""Return the settings of the best of some runs, all trained at once.
 
     The first run has `settings` as they are, so that the result is no worse by `score`;
     the others multiply them by factors from a Latin hypercube, uniform in the
-    logarithm. All have the same first weights, batches and noise, and are one compiled
-    program under ``jax.vmap``: for models that fit into memory `num_trials` times.
+    logarithm. All have the same first weights, batches and noise, and train side by
+    side under ``jax.vmap``: for models that fit into memory `num_trials` times. It
+    compiles once for each rung.
     By successive halving, the better half goes on at each rung: with three, all
     runs take a quarter of the steps, half of them go on to a half, a quarter of them to
     the end. With 16 trials this costs 8 runs.
@@ -81,7 +82,8 @@ def tune(
       num_trials: the number of runs.
       num_rungs: how often the runs are compared, at the end the last time. One lets
         all runs go to the end.
-      search: for the names of some `settings`, the least and the largest factor.
+      search: for the names of some `settings`, the least and the largest factor. None
+        is `SEARCH`, as far as `settings` has its names.
 
     Returns:
       Arguments of `ivon`: `settings`, with the best factors.
@@ -101,6 +103,8 @@ def tune(
     _checks.integer_between("batch_size", batch_size, 1, num_examples)
     _checks.integer_between("num_trials", num_trials, 2)
     _checks.integer_between("num_rungs", num_rungs, 1, num_trials.bit_length())
+    if search is None:
+        search = {name: SEARCH[name] for name in SEARCH if name in settings}
     _check_search(search, settings)
     key = _checks.random_key("key", key)
     factors_key, run_key, score_key = jax.random.split(key, 3)

@@ -122,6 +122,14 @@ def test_a_sum_for_a_mean_is_told():
         recommended(20, 10, 10, params=PARAMS, loss_fn=summed, batch=(X, Y))
 
 
+@pytest.mark.parametrize("missing", ["params", "batch"])
+def test_what_a_loss_needs_is_named(missing):
+    arguments = {"params": PARAMS, "batch": (X, Y), "loss_fn": mean_loss}
+    del arguments[missing]
+    with pytest.raises(ValueError, match=f"`{missing}` must be given with `loss_fn`"):
+        recommended(20, 10, 10, **arguments)
+
+
 def test_a_loss_that_is_not_finite_is_told():
     def infinite(params, x, y):
         return losses(params, x, y).mean() / jnp.zeros(())

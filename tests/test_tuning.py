@@ -97,6 +97,14 @@ def test_it_beats_a_learning_rate_that_is_too_small(best):
     }
 
 
+def test_without_a_search_it_varies_what_the_settings_have():
+    """Those for fine-tuning have a prior in the place of `weight_decay`."""
+    settings = ivon_jax.recommended(80, 40, 20, task="fine_tuning", params=PARAMS + 0.1)
+    best = tune(settings=settings, search=None)
+    assert best.keys() == settings.keys()
+    assert ivon_jax.ivon(**best).init(PARAMS)
+
+
 def test_a_schedule_is_multiplied(best):
     """As a whole, and the same key finds the same factor as for a number."""
     schedule = optax.constant_schedule(SETTINGS["learning_rate"])
