@@ -18,7 +18,7 @@ from ._arrays.dtypes import wide
 from ._arrays.loops import scan_log_mean_exp
 from ._distributions.gaussian import Posterior
 from ._distributions.mixture import Mixture
-from ._evaluation import samples, validity
+from ._evaluation import likelihood, samples, validity
 
 # Decades of temperature. At 1e-7 a standard deviation is 3e-4 of its own: the mean.
 FIRST, LAST = -7.0, 2.0
@@ -145,11 +145,7 @@ def calibration_curve(
     Returns:
       A `CalibrationCurve`.
     """
-    _checks.function("fn", fn)
-    samples.check_posterior(posterior, "tempered")
-    key = _checks.random_key("key", key)
-    _checks.integer_between("num_samples", num_samples, 1)
-    _checks.arguments("args", args)
+    key = samples.checked_key(fn, posterior, key, num_samples, args, "tempered")
     temperatures = _candidates(temperatures)
     labels, where = _validated(fn, posterior, labels, where, args)
 
@@ -277,7 +273,7 @@ def _temperature_scaling(logits, labels, where):
     """Bisect the logarithm of the inverse temperature, in which the NLL is convex."""
     if where is not None:
         logits = jnp.where(where[..., None], logits, 0)
-    chosen = _chosen(logits, labels)
+    chosen = likelihood.is_label(logits, labels)
     own = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
 
     def slope(inverse):
@@ -379,15 +375,7 @@ def _log_likelihoods(outputs, labels):
     [outputs] = wide(outputs)
     if labels is None:
         return outputs
-    chosen = _chosen(outputs, labels)
-    probs = jnp.sum(jnp.where(chosen, outputs, 0), axis=-1)
-    return jnp.log(jnp.where(jnp.any(chosen, axis=-1), probs, jnp.nan))
-
-
-def _chosen(outputs, labels):
-    """Which of the outputs is the label's: a mask, of outputs that may be sharded."""
-    classes = jnp.arange(outputs.shape[-1], dtype=labels.dtype)
-    return jnp.expand_dims(classes, range(labels.ndim)) == labels[..., None]
+    return likelihood.of_labels(outputs, labels)
 
 
 def _check_finite(nll):

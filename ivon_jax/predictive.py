@@ -12,6 +12,7 @@ from . import _checks
 from ._arrays import compiled
 from ._arrays.dtypes import wide
 from ._arrays.loops import map_examples, scan_mean
+from ._distributions import densities
 from ._distributions.gaussian import Posterior
 from ._distributions.mixture import Mixture
 from ._evaluation import jacobian, samples, validity
@@ -150,9 +151,8 @@ class Moments(NamedTuple):
         -3.92 3.92
         """
         level = _checks.number("level", level, _checks.INSIDE)
-        # Of the lower tail: 1 + level would be rounded.
-        tail = jnp.asarray((1 - level) / 2, self.variance.dtype)
-        radius = -jax.scipy.special.ndtri(tail) * jnp.sqrt(self.variance)
+        width = densities.half_width(level, self.variance.dtype)
+        radius = width * jnp.sqrt(self.variance)
         return self.mean - radius, self.mean + radius
 
 
@@ -200,11 +200,7 @@ def predict_moments(
     Raises:
       TypeError, ValueError: as `predict`, or `fn` does not return such a pair.
     """
-    _checks.function("fn", fn)
-    _checks.integer_between("num_samples", num_samples, 1)
-    samples.check_posterior(posterior)
-    key = _checks.random_key("key", key)
-    _checks.arguments("args", args)
+    key = samples.checked_key(fn, posterior, key, num_samples, args)
 
     def run(posterior, key, args):
         def outputs(theta):

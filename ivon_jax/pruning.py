@@ -24,7 +24,6 @@ from ._arrays import compiled, ranks
 from ._arrays.dtypes import wide
 from ._arrays.trees import array_leaves, like
 from ._distributions.gaussian import Posterior
-from ._distributions.rotated import RotatedPosterior
 from ._evaluation import validity
 
 
@@ -161,8 +160,9 @@ def prune(params: optax.Params | Posterior, mask: Any) -> optax.Params:
     Raises:
       TypeError, ValueError: `mask` is not of booleans, or not like the parameters.
     """
-    if isinstance(params, (Posterior, RotatedPosterior)):
-        params = params.mean
+    if hasattr(params, "covariance_times"):
+        # Of any family: mypy knows one.
+        params = params.mean  # type: ignore[union-attr, assignment]
     array_leaves("params", params)
     mask = _whole_mask("mask", mask, "the parameters", params)
     return _pruned(params, mask)

@@ -45,6 +45,7 @@ TESTS = {  # for each module the files that must notice; its doctests come first
     "_distributions.natural": ["gaussian"],
     "_distributions.rotated": ["rotated"],
     "_evaluation.jacobian": ["sensitivity", "predictive"],
+    "_evaluation.likelihood": ["calibration", "diagnostics"],
     "_evaluation.objective": ["objective"],
     "_evaluation.samples": ["predictive", "mixture", "calibration"],
     "_optimizer.batches": ["gradients"],

@@ -725,6 +725,16 @@ BAD = [
         "`labels` must be given with `fn`, got None.",
     ),
     (
+        {"fn": unsure, "labels": NO_LABELS - 1, "key": jax.random.key(0)},
+        ValueError,
+        "`labels` must be in 0..1, got -1.",
+    ),
+    (
+        {"fn": unsure, "labels": jnp.zeros(50), "key": jax.random.key(0)},
+        TypeError,
+        "`labels` must be integers, got dtype float32.",
+    ),
+    (
         {"fn": unsure, "labels": NO_LABELS[:3], "key": jax.random.key(0)},
         ValueError,
         "`labels` must have the shape of `fn(theta)` without its last axis, that of "

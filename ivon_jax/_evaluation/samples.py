@@ -12,11 +12,7 @@ from .._distributions.mixture import Mixture
 
 def mean_over_samples(fn, posterior, key, num_samples, args, of=None):
     """The mean of ``fn(theta, *args)``, any pytree, in the memory of one sample."""
-    _checks.function("fn", fn)
-    _checks.integer_between("num_samples", num_samples, 1)
-    check_posterior(posterior)
-    key = _checks.random_key("key", key)
-    _checks.arguments("args", args)
+    key = checked_key(fn, posterior, key, num_samples, args)
 
     def run(posterior, key, args):
         def outputs(theta):
@@ -27,6 +23,16 @@ def mean_over_samples(fn, posterior, key, num_samples, args, of=None):
         return scan_mean(lambda x: outputs(draw(x)), xs)
 
     return compiled.call(run, posterior, key, args, of=of or fn)
+
+
+def checked_key(fn, posterior, key, num_samples, args, verb="sample"):
+    """Reject arguments without which there are no samples of `fn`; return the key."""
+    _checks.function("fn", fn)
+    _checks.integer_between("num_samples", num_samples, 1)
+    check_posterior(posterior, verb)
+    key = _checks.random_key("key", key)
+    _checks.arguments("args", args)
+    return key
 
 
 def draws(posterior, key, num_samples):

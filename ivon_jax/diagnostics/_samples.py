@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from .. import _checks
 from .._arrays import ranks
 from .._arrays.loops import scan_mean
+from .._evaluation import likelihood, validity
 from .._optimizer.gradients import value_and_grad
 from .._optimizer.posterior import sample
 from .._optimizer.state import find_states
@@ -76,20 +77,22 @@ def _split(estimate, params, opt_state):
 
 def of_predictions(fn, labels, params, opt_state, keys):
     """What takes probabilities of held-out examples, and their labels."""
-    labels = jnp.asarray(labels, int)
+    labels = validity.integers("labels", labels)
 
     def probs_at(theta):
-        probs = fn(theta)
+        probs = jnp.asarray(validity.one_array("fn(theta)", fn(theta)))
+        validity.distributions("fn(theta)", probs)
         if jnp.shape(probs)[:-1] != jnp.shape(labels):
             raise ValueError(
                 "`labels` must have the shape of `fn(theta)` without its last axis, "
                 f"that of classes, got {jnp.shape(labels)} and {jnp.shape(probs)}."
             )
+        validity.labels("labels", labels, labels.shape, probs.shape[-1])
         return jnp.asarray(probs, float)
 
     def nll(probs):
-        of_label = jnp.take_along_axis(probs, labels[..., None], -1)[..., 0]
-        return -jnp.log(jnp.maximum(of_label, jnp.finfo(probs.dtype).tiny))
+        tiny = jnp.finfo(probs.dtype).tiny
+        return -likelihood.of_labels(jnp.maximum(probs, tiny), labels)
 
     at_mean = probs_at(params)
     averaged = scan_mean(lambda key: probs_at(sample(key, params, opt_state)), keys)
