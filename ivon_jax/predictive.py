@@ -12,7 +12,6 @@ from . import _checks
 from ._arrays import compiled
 from ._arrays.dtypes import wide
 from ._arrays.loops import map_examples, scan_mean
-from ._distributions import densities
 from ._distributions.gaussian import Posterior
 from ._distributions.mixture import Mixture
 from ._evaluation import jacobian, samples, validity
@@ -151,8 +150,9 @@ class Moments(NamedTuple):
         -3.92 3.92
         """
         level = _checks.number("level", level, _checks.INSIDE)
-        width = densities.half_width(level, self.variance.dtype)
-        radius = width * jnp.sqrt(self.variance)
+        # Of the lower tail: 1 + level would be rounded.
+        tail = jnp.asarray((1 - level) / 2, self.variance.dtype)
+        radius = -jax.scipy.special.ndtri(tail) * jnp.sqrt(self.variance)
         return self.mean - radius, self.mean + radius
 
 

@@ -7,7 +7,6 @@ No difference below is one of large, nearly equal numbers.
 
 import math
 
-import jax
 import jax.numpy as jnp
 
 from .._arrays.dtypes import wide
@@ -40,16 +39,6 @@ def kl_divergence(mean, precision, prior_mean, prior_precision):
     shift = mean - prior_mean
     distance = prior_precision * shift * shift
     return 0.5 * jnp.sum(_of_variances(precision, prior_precision) + distance)
-
-
-def half_width(level, dtype):
-    r""":math:`\Phi^{-1}((1 + level) / 2)`: of the central interval, sigma being one.
-
-    >>> print(f"{half_width(0.95, jnp.float32):.3f}")
-    1.960
-    """
-    # Of the lower tail: 1 + level would be rounded.
-    return -jax.scipy.special.ndtri(jnp.asarray((1 - level) / 2, dtype))
 
 
 def _of_variances(precision, prior_precision):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from .. import _checks
 from .._arrays.dtypes import wide
 from .._arrays.loops import mean_where
-from .._distributions import densities
 from .._evaluation import validity
 
 
@@ -120,13 +119,14 @@ def interval_coverage(
     """
     arrays = _validated(mean, variance, targets, where)
     level = _checks.number("level", level, _checks.INSIDE)
-    return _interval_coverage(*arrays, level)
+    # Of the lower tail: 1 + level would be rounded.
+    return _interval_coverage(*arrays, (1 - level) / 2)
 
 
 @jax.jit
-def _interval_coverage(mean, variance, targets, where, level):
+def _interval_coverage(mean, variance, targets, where, tail):
     mean, variance, targets = _prepared(mean, variance, targets, where)
-    z = densities.half_width(level, variance.dtype)
+    z = -jax.scipy.special.ndtri(jnp.asarray(tail, variance.dtype))
     error = jnp.abs(targets - mean)
     inside = (error <= z * jnp.sqrt(variance)).astype(error.dtype)
     return _mean(jnp.where(jnp.isnan(error), jnp.nan, inside), variance, where)
