@@ -142,9 +142,8 @@ def average(posterior, images):
 
 def calibrated(posterior):
     """Choose the posterior's temperature on the validation images."""
-    return ivon_jax.calibrate(
-        *(probs, posterior, y_held_out, key), num_samples=NUM_SAMPLES, args=(held_out,)
-    )
+    given = probs, posterior, y_held_out, key
+    return ivon_jax.calibrate(*given, num_samples=NUM_SAMPLES, args=(held_out,))
 
 
 variances = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(posterior.variance)])
@@ -158,12 +157,14 @@ print(f"NLL, one variance for all weights: {nll(control, y_test):.3f}")
 
 # %%
 # Images whose pixels are shuffled are no digits. AdamW's network is sure of many, the
-# samples of the posterior, not made narrower, of fewer.
+# posterior's samples of fewer.
 
 shuffled = np.random.default_rng(SEED).permuted(test, axis=1)
 sure = [probs(adamw, shuffled).max(-1), average(posterior, shuffled).max(-1)]
+shares = [f"{(x > 0.9).mean():.0%} above 0.9" for x in sure]
+labels = [f"AdamW: {shares[0]}", f"IVON, samples: {shares[1]}"]
 figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-axes.hist(sure, 10, range=(0, 1), color=["C1", "C0"], label=["AdamW", "IVON, samples"])
+axes.hist(sure, 10, range=(0, 1), color=["C1", "C0"], label=labels)
 axes.set(xlabel="confidence", ylabel="images", title="Digits with shuffled pixels")
 axes.legend()
 figure.savefig("digits.png", dpi=200)
