@@ -8,9 +8,10 @@ Half a minute to two of one core for each run. FOLDER has mnist10k.npz and uci/.
 `recommended` sets IVON from the number of examples, steps and the batch; nothing is
 tuned. Beside it: the best of 16 trials of IVON around these settings, the first trial
 being they themselves; AdamW at optax's defaults; and AdamW's best of 16. All have a
-cosine schedule. A regression is of the mean and the standard deviation. A seed shuffles the examples into those of training, of validation and
-of test. All trials train with all seeds, and the lowest mean NLL on the validation
-examples is the best: of AdamW with temperature scaling, of IVON with samples.
+cosine schedule. A regression is of the mean and the standard deviation. A seed
+shuffles the examples into those of training, of validation and of test. All trials
+train with all seeds, and the lowest mean NLL on the validation examples is the best: of
+AdamW with temperature scaling, of IVON with samples.
 
 The same examples set temperatures: of the mean's outputs by temperature scaling, of the
 posterior by `calibrate`. In regression the former multiplies the variance of the noise.
