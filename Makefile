@@ -2,10 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-fast mutants lint clients benchmark page
+.PHONY: quickstart docs test test-fast mutants lint clients benchmark page
 
 quickstart: .venv/examples.installed
 	$(BIN)/python examples/digits.py
+
+# The site, in docs/_build/html: runs the examples, and then the code of the pages.
+docs: .venv/docs.installed
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build/html
+	$(BIN)/pytest tests/test_pages.py tests/test_site.py tests/test_browser.py
+	@echo "Open docs/_build/html/index.html"
 
 test: .venv/test.installed
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder

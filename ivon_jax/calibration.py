@@ -29,12 +29,22 @@ _PosteriorOrMixture = TypeVar("_PosteriorOrMixture", Posterior, Mixture)
 
 
 class CalibrationCurve(NamedTuple):
-    """The NLL of held-out data over the temperature, in nats per example."""
+    """The NLL of held-out data over the temperature, in nats per example.
 
-    temperatures: jax.Array  # (K,): what was tried, from low to high
-    nll: jax.Array  # (K,): of the average over samples, at each of them
-    mean_nll: jax.Array  # (): at the mean, which T to 0 leads to
-    temperature: jax.Array  # (): the best of them
+    >>> curve = CalibrationCurve(
+    ...     temperatures=jnp.array([0.1, 1.0, 10.0]),
+    ...     nll=jnp.array([0.5, 0.4, 0.9]),
+    ...     mean_nll=jnp.array(0.6),
+    ...     temperature=jnp.array(1.0),
+    ... )
+    >>> print(curve.temperatures[curve.nll.argmin()])
+    1.0
+    """
+
+    temperatures: jax.Array  #: (K,): what was tried, from low to high
+    nll: jax.Array  #: (K,): of the average over samples, at each of them
+    mean_nll: jax.Array  #: (): at the mean, which T to 0 leads to
+    temperature: jax.Array  #: (): the best of them
 
 
 def calibrate(

@@ -16,7 +16,7 @@ from ._distributions.parts import beside
 from ._optimizer import gradients, posterior as readers
 from ._optimizer.estimate import Estimate, with_extra_args
 
-Model = TypeVar("Model", bound=nnx.Module)
+_Model = TypeVar("_Model", bound=nnx.Module)
 
 
 class TrainState(train_state.TrainState):
@@ -105,7 +105,7 @@ def _with_trained(params, trained, rest):
     return trained if own is None else {"params": trained} | own | (rest or {})
 
 
-def sample(key: jax.Array, model: Model, optimizer: nnx.Optimizer) -> Model:
+def sample(key: jax.Array, model: _Model, optimizer: nnx.Optimizer) -> _Model:
     """Return `model` with the parameters of `optimizer` drawn from the posterior.
 
     Take the gradient of the loss at what this returns, and tell the optimizer of it:
@@ -142,7 +142,7 @@ def sample(key: jax.Array, model: Model, optimizer: nnx.Optimizer) -> Model:
     return nnx.merge(graphdef, readers.sample(key, arrays(params), opt_state), *rest)
 
 
-def mean(model: Model, optimizer: nnx.Optimizer) -> Model:
+def mean(model: _Model, optimizer: nnx.Optimizer) -> _Model:
     """Return `model` at the posterior mean: where to evaluate without samples.
 
     It differs from `model` where `ivon_jax.sampled` makes its parameters a sample:
@@ -322,6 +322,13 @@ def prior(model: nnx.Module, optimizer: nnx.Optimizer) -> Posterior:
     """Return the prior over the parameters of `optimizer` in `model`.
 
     Both arguments, the result and the errors are as for `posterior`.
+
+    >>> import ivon_jax.flax
+    >>> model = nnx.Linear(1, 2, rngs=nnx.Rngs(0))
+    >>> tx = ivon_jax.ivon(0.1, ess=1000, weight_decay=0.01)
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    >>> print(ivon_jax.flax.prior(model, optimizer).precision["bias"])
+    [10. 10.]
     """
     _check_arguments("prior(model, optimizer)", model, optimizer)
     params = arrays(nnx.state(model, optimizer.wrt))

@@ -61,12 +61,18 @@ def predict(
 
 
 class Uncertainty(NamedTuple):
-    """Class probabilities and how uncertain they are, in nats for each example."""
+    """Class probabilities and how uncertain they are, in nats for each example.
 
-    probs: jax.Array  # (..., C): the mean over samples
-    total: jax.Array  # (...): entropy of `probs`
-    aleatoric: jax.Array  # (...): mean entropy of the samples' probabilities
-    epistemic: jax.Array  # (...): the difference, at least 0
+    >>> q = Posterior(mean=jnp.zeros(2), precision=jnp.ones(2))
+    >>> result = uncertainty(jax.nn.softmax, q, jax.random.key(0))
+    >>> print(jnp.allclose(result.aleatoric + result.epistemic, result.total))
+    True
+    """
+
+    probs: jax.Array  #: (..., C): the mean over samples
+    total: jax.Array  #: (...): entropy of `probs`
+    aleatoric: jax.Array  #: (...): mean entropy of the samples' probabilities
+    epistemic: jax.Array  #: (...): the difference, at least 0
 
 
 def uncertainty(
@@ -133,10 +139,10 @@ def uncertainty(
 class Moments(NamedTuple):
     """Mean and variance of the predicted targets, and where the variance is from."""
 
-    mean: jax.Array  # (...): E[y]
-    variance: jax.Array  # (...): Var[y], the sum of the two below
-    aleatoric: jax.Array  # (...): of the noise, the mean of the samples' variances
-    epistemic: jax.Array  # (...): of the parameters, the variance of their means
+    mean: jax.Array  #: (...): E[y]
+    variance: jax.Array  #: (...): Var[y], the sum of the two below
+    aleatoric: jax.Array  #: (...): of the noise, the mean of the samples' variances
+    epistemic: jax.Array  #: (...): of the parameters, the variance of their means
 
     def interval(
         self, level: jax.typing.ArrayLike = 0.95
@@ -225,8 +231,8 @@ def predict_moments(
 class Linearized(NamedTuple):
     """The Gaussian over the C outputs of each of N examples."""
 
-    mean: jax.Array  # (N, C): f_i(m)
-    covariance: jax.Array  # (N, C, C): V_i
+    mean: jax.Array  #: (N, C): f_i(m)
+    covariance: jax.Array  #: (N, C, C): V_i
 
     def probs(self) -> jax.Array:
         r"""Class probabilities of Gaussian logits, approximately.

@@ -80,12 +80,19 @@ def _cross_entropy(outputs, label):
 
 
 class LeaveOneOut(NamedTuple):
-    """What one pass over the examples tells, float32 or wider."""
+    """What one pass over the examples tells, float32 or wider.
 
-    logits: jax.Array  # (N, C), or like the outputs: f_i + V_i e_i
-    deviations: jax.Array  # the same shape, in units of the outputs: V_i e_i
-    sensitivities: jax.Array  # (N,): the Euclidean norms of the deviations
-    loss: jax.Array  # (): the mean of the losses at `logits`, in nats per prediction
+    >>> q = Posterior(mean=jnp.ones((1, 2)), precision=jnp.full((1, 2), 4.0))
+    >>> x, y = jnp.ones((1, 1)), jnp.array([0])
+    >>> result = leave_one_out(lambda theta, x: x @ theta, q, x, y)
+    >>> result.logits.shape, result.sensitivities.shape
+    ((1, 2), (1,))
+    """
+
+    logits: jax.Array  #: (N, C), or like the outputs: f_i + V_i e_i
+    deviations: jax.Array  #: the same shape, in units of the outputs: V_i e_i
+    sensitivities: jax.Array  #: (N,): the Euclidean norms of the deviations
+    loss: jax.Array  #: (): the mean of the losses at `logits`, in nats per prediction
 
 
 def leave_one_out(

@@ -16,7 +16,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Whole files: processes of their own, eight devices, whole runs, scripts.
 SLOW = {
     *("test_gpt2", "test_parallel", "test_resnet20", "test_resume", "test_studies"),
-    *("test_benchmarks", "test_examples", "test_readme", "test_saving"),
+    *("test_benchmarks", "test_examples", "test_pages", "test_saving"),
 }
 
 

@@ -89,9 +89,9 @@ def test_example_is_a_text_with_code(name):
         assert 2 <= narrative.count("\n") <= 5, cell[:80]
 
 
-def test_readme_says_what_the_quickstart_prints():
+def test_the_site_says_what_the_quickstart_prints():
     lines = (f"{name}: {number:.3f}\n" for name, number in expected("digits").items())
-    assert f"```text\n{''.join(lines)}```" in (ROOT / "README.md").read_text()
+    assert f"```text\n{''.join(lines)}```" in (ROOT / "docs/index.md").read_text()
 
 
 def test_a_constant_that_an_example_lacks_is_an_error():

@@ -28,7 +28,7 @@ NAMES = {
     "ivon_jax.calibration": """CalibrationCurve calibrate calibration_curve
         linearized_curve temperature_scaling""",
     "ivon_jax.diagnostics": "Diagnosis advice check_step diagnose measure",
-    "ivon_jax.flax": """Model TrainState arrays mean posterior prior sample
+    "ivon_jax.flax": """TrainState arrays mean posterior prior sample
         value_and_grad""",
     "ivon_jax.merging": "diagonal_fisher merge task_arithmetic",
     "ivon_jax.metrics": """accuracy brier_score crps expected_calibration_error

@@ -26,8 +26,8 @@ class Basis(NamedTuple):
      [-1.]]
     """
 
-    left: jax.Array | None = None  # (..., rows, rows)
-    right: jax.Array | None = None  # (..., columns, columns)
+    left: jax.Array | None = None  #: (..., rows, rows)
+    right: jax.Array | None = None  #: (..., columns, columns)
 
     def into(self, x: jax.Array) -> jax.Array:
         r"""Return the coordinates :math:`Q_L^\top X Q_R` of `x`, in its shape."""

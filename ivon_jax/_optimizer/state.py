@@ -25,19 +25,26 @@ from .._distributions.rotated import RotatedPosterior
 
 
 class IVONState(NamedTuple):
-    """What IVON remembers between steps; the mean is `params` itself."""
+    """What IVON remembers between steps; the mean is `params` itself.
 
-    # (), int32: t, steps taken; it hides tuple.count, as in optax's states
+    >>> import ivon_jax
+    >>> opt_state = ivon_jax.ivon(0.1, ess=1000, hess_init=0.5).init(jnp.zeros(2))
+    >>> [state] = ivon_jax.find_states(opt_state)
+    >>> print(state.count, state.hess)
+    0 [0.5 0.5]
+    """
+
+    #: (), int32: t, steps taken; it hides tuple.count, as in optax's states
     count: jax.Array  # type: ignore[assignment]
-    ess: jax.Array  # (), default float dtype: lambda
-    weight_decay: jax.Array  # (), default float dtype: delta
-    momentum: optax.Updates  # shapes of params, float32 or wider: g
-    hess: optax.Updates  # shapes of params, float32 or wider: h > -delta, per example
-    prior: Posterior | None  # shapes of params, float32 or wider; None: weight_decay's
-    b1: jax.Array | None = None  # (), default float dtype, as the next three: beta_1
-    one_minus_b2: jax.Array | None = None  # 1 - beta_2: float32 rounds beta_2 too much
-    hess_init: jax.Array | None = None  # h_0
-    clip_radius: jax.Array | None = None  # xi; None: no clip
+    ess: jax.Array  #: (), default float dtype: lambda
+    weight_decay: jax.Array  #: (), default float dtype: delta
+    momentum: optax.Updates  #: shapes of params, float32 or wider: g
+    hess: optax.Updates  #: shapes of params, float32 or wider: h > -delta, per example
+    prior: Posterior | None  #: shapes of params, float32 or wider; None: weight_decay's
+    b1: jax.Array | None = None  #: (), default float dtype, as the next three: beta_1
+    one_minus_b2: jax.Array | None = None  #: 1 - beta_2: float32 rounds beta_2 too much
+    hess_init: jax.Array | None = None  #: h_0
+    clip_radius: jax.Array | None = None  #: xi; None: no clip
 
     @property
     def weight_decays(self) -> optax.Params:
@@ -74,14 +81,21 @@ class IVONState(NamedTuple):
 
 
 class EVONState(NamedTuple):
-    """What EVON remembers: IVON's state in the bases, and what these are made of."""
+    """What EVON remembers: IVON's state in the bases, and what these are made of.
 
-    ivon: IVONState  # of coordinates: its momentum, h and prior are theirs
+    >>> import ivon_jax
+    >>> opt_state = ivon_jax.evon(0.1, ess=1000).init({"w": jnp.zeros((2, 3))})
+    >>> [state] = ivon_jax.find_states(opt_state)
+    >>> state.bases["w"].left.shape, state.bases["w"].right.shape
+    ((2, 2), (3, 3))
+    """
+
+    ivon: IVONState  #: of coordinates: its momentum, h and prior are theirs
     # Of each array, in the order of the leaves: NNX takes apart what is in a variable.
-    flat_bases: Any  # a `Basis`: Q_L, Q_R
-    flat_statistics: Any  # a `Statistic`: L, R
-    own_prior: Posterior | None  # of coordinates in the next; None: weight_decay's
-    flat_prior_bases: Any  # a `Basis`; None as well
+    flat_bases: Any  #: a `Basis`: Q_L, Q_R
+    flat_statistics: Any  #: a `Statistic`: L, R
+    own_prior: Posterior | None  #: of coordinates in the next; None: weight_decay's
+    flat_prior_bases: Any  #: a `Basis`; None as well
 
     @property
     def bases(self) -> optax.Params:
@@ -158,13 +172,19 @@ class EVONState(NamedTuple):
 
 
 class SampledState(NamedTuple):
-    """What `sampled` remembers: the trainer's parameters are the sample."""
+    """What `sampled` remembers: the trainer's parameters are the sample.
 
-    # (), int32: t, steps taken; at 0 the parameters are the mean. It hides tuple.count
+    >>> import ivon_jax
+    >>> tx = ivon_jax.sampled(ivon_jax.ivon(0.1, ess=1000), jax.random.key(0))
+    >>> print(tx.init(jnp.ones(2)).mean)
+    [1. 1.]
+    """
+
+    #: (), int32: t, steps taken; at 0 the parameters are the mean. It hides tuple.count
     count: jax.Array  # type: ignore[assignment]
-    key: jax.Array  # raw data of the random key, uint32; each draw folds in its count
-    mean: optax.Params  # shapes of params, float32 or wider: m
-    inner_state: optax.OptState  # of the transformation with IVON in it
+    key: jax.Array  #: raw data of the random key, uint32; each draw folds in its count
+    mean: optax.Params  #: shapes of params, float32 or wider: m
+    inner_state: optax.OptState  #: of the transformation with IVON in it
 
     def mean_of(self, params: optax.Params) -> optax.Params:
         """Return the mean of what it owns, None for the rest of `params`."""
