@@ -59,7 +59,7 @@ from .predictive import (
 from .settings import recommended as recommended
 from .tuning import tune as tune
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def __getattr__(name: str) -> Any:

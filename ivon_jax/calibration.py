@@ -5,6 +5,8 @@ its samples become the mean; the T with the least NLL on held-out data is theref
 least as good as the mean there, and tells whether the posterior is too wide or narrow.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 

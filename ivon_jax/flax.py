@@ -1,5 +1,7 @@
 """IVON in Flax: a linen `TrainState` that samples, and NNX models drawn from q."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -56,7 +58,7 @@ class TrainState(train_state.TrainState):
         sample: optax.Params | None = None,
         hess: optax.Updates | None = None,
         **kwargs: Any,
-    ) -> "TrainState":
+    ) -> TrainState:
         """Take one step; IVON needs one of `sample`, `hess` or an `Estimate`.
 
         Args:

@@ -11,6 +11,8 @@ References:
   ICLR 2024; Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023.
 """
 
+from __future__ import annotations
+
 import math
 import numbers
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """Predict with the posterior: averages over samples, or a linearised model."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple

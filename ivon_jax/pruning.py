@@ -11,6 +11,8 @@ References:
   https://arxiv.org/abs/2506.14280 (variance).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

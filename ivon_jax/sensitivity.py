@@ -55,6 +55,8 @@ References:
   Networks, ICML 2024, section 4.4, appendices C.5 and D.4.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

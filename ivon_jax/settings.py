@@ -1,5 +1,7 @@
 """Settings for `ivon` from what its user knows of the run."""
 
+from __future__ import annotations
+
 import math
 import warnings
 from collections.abc import Callable

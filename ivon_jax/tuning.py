@@ -1,5 +1,7 @@
 """Better settings than the recommended ones, from a few short runs side by side."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

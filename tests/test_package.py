@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -99,6 +100,12 @@ def test_public_signatures_have_types(path):
             assert signature.return_annotation is not signature.empty, name
 
 
+@pytest.mark.parametrize("path", NAMES)
+def test_help_begins_with_a_signature_to_read(path):
+    """Evaluated, `jax.typing.ArrayLike` is a union of nine types."""
+    assert [n for n, signature in signatures(path) if len(str(signature)) > 800] == []
+
+
 def test_every_public_module_is_listed():
     files = {p.stem for p in (ROOT / "ivon_jax").iterdir() if p.name[0] not in "_."}
     modules = {name.rpartition(".")[2] for name in NAMES if "." in name}
@@ -123,29 +130,49 @@ def test_hooks_and_workflow_call_what_a_contributor_calls():
     assert f'"{project["requires-python"].removeprefix(">=")}"' in workflow
 
 
+def test_the_table_of_versions_is_what_ci_runs():
+    """The lower bounds, and the Pythons of the workflow."""
+    text = (ROOT / "docs/index.md").read_text()
+    rows = re.findall(r"^\| (\w+)[^|]* \| ([\d.]+) \| ([^|]+) \|$", text, re.MULTILINE)
+    oldest = {name.lower(): version for name, version, _ in rows}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = [*project["dependencies"], *project["optional-dependencies"]["flax"]]
+    bounds.append(f"python{project['requires-python']}")
+    assert oldest == dict(bound.split(">=") for bound in bounds)
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    pythons = re.search(r"python: \[(.*)\]", workflow)[1].replace('"', "").split(", ")
+    newest = {name.lower(): version for name, _, version in rows}
+    assert pythons == [oldest["python"], newest.pop("python")]
+    assert set(newest.values()) == {"the newest release"}
+
+
 @pytest.mark.slow
 def test_a_wheel_has_all_rooms_and_works_in_a_clean_environment(tmp_path):
-    """Without the checkout: jax and optax are this environment's, on a path."""
-    pip = [sys.executable, "-m", "pip"]
-    build = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
-    run([*pip, "wheel", "--quiet", *build, str(ROOT)])
-    [wheel] = tmp_path.glob("ivon_jax-*.whl")
+    """The README runs there, without the checkout; jax and optax are on a path."""
+    build = [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path)]
+    run([*build, "-t", "sdist", "-t", "wheel"])
+    [wheel], [sdist] = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    run([sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist)])
     assert f"-{ivon_jax.__version__}-" in wheel.name
     packed = {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("ivon_jax/")}
     files = (ROOT / "ivon_jax").rglob("*.*")
     sources = {str(f.relative_to(ROOT)) for f in files if f.suffix in (".py", ".typed")}
     assert packed == sources
+    with tarfile.open(sdist) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert sources | {"README.md", "LICENSE", "pyproject.toml"} <= names
 
     python = str(tmp_path / "clean/bin/python")
     venv.create(tmp_path / "clean")
-    install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    run([*pip, "--python", python, *install])
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)])
     # Of folders on PYTHONPATH, editable installations such as ours are not read.
     path = os.pathsep.join(p for p in sys.path if p.endswith("-packages"))
-    code = f"import {', '.join(NAMES)}; print(ivon_jax.__file__, ivon_jax.__version__)"
-    printed = run([python, "-c", code], cwd=tmp_path, PYTHONPATH=path).split()
-    assert printed[0].startswith(str(tmp_path / "clean"))
-    assert printed[1] == ivon_jax.__version__
+    run([python, "-c", f"import {', '.join(NAMES)}"], cwd=tmp_path, PYTHONPATH=path)
+    script = [python, str(ROOT / "tests/run_readme.py"), str(ROOT / "README.md")]
+    file, version = run(script, cwd=tmp_path, PYTHONPATH=path).split()[-2:]
+    assert file.startswith(str(tmp_path / "clean"))
+    assert version == ivon_jax.__version__
 
 
 def run(command, cwd=ROOT, **environment):

@@ -1,5 +1,7 @@
 """The Gaussian over the weights, as a pytree, and its algebra."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,7 +44,7 @@ class Posterior(NamedTuple):
     @classmethod
     def isotropic(
         cls, mean: optax.Params, precision: jax.typing.ArrayLike
-    ) -> "Posterior":
+    ) -> Posterior:
         r"""Return a Gaussian with one precision everywhere: a prior around `mean`.
 
         >>> prior = Posterior.isotropic({"w": jnp.ones(2)}, precision=4.0)
@@ -69,7 +71,7 @@ class Posterior(NamedTuple):
         return cls(mean, jax.tree.map(full, mean))
 
     @classmethod
-    def from_natural_parameters(cls, natural: NaturalParameters) -> "Posterior":
+    def from_natural_parameters(cls, natural: NaturalParameters) -> Posterior:
         r"""Return the Gaussian of these `natural_parameters`.
 
         Sums of natural parameters are products of Gaussians: how posteriors of several
@@ -120,7 +122,7 @@ class Posterior(NamedTuple):
             _map(lambda _, p: -0.5 * p, self, point_mass=point_mass),
         )
 
-    def tempered(self, temperature: jax.typing.ArrayLike) -> "Posterior":
+    def tempered(self, temperature: jax.typing.ArrayLike) -> Posterior:
         r"""Return :math:`q^{1/T}`, normalised: the variance times the temperature T.
 
         A posterior at another ess :math:`\lambda'` is ``q.tempered(ess / new_ess)``.
@@ -145,7 +147,7 @@ class Posterior(NamedTuple):
 
     def restricted(
         self, mask: optax.Params | Callable[[optax.Params], optax.Params]
-    ) -> "Posterior":
+    ) -> Posterior:
         """Return this posterior over some parameters, the others fixed at their mean.
 
         For uncertainty of the last layer alone: with its inputs kept, a sample costs no
@@ -334,7 +336,7 @@ class Posterior(NamedTuple):
         self.validate()
         return _total(_map(lambda _, p: densities.entropy(p), self))
 
-    def kl_divergence(self, prior: "Posterior") -> jax.Array:
+    def kl_divergence(self, prior: Posterior) -> jax.Array:
         r"""Kullback-Leibler divergence :math:`KL(q \| p)` to another Gaussian, in nats.
 
         With precisions :math:`s_q, s_p` and means :math:`m_q, m_p` it is the sum of

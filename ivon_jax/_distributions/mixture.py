@@ -1,5 +1,7 @@
 """Multi-IVON: several Gaussians as one posterior."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -60,7 +62,7 @@ class Mixture(NamedTuple):
     )
 
     @classmethod
-    def from_stacked(cls, posterior: Posterior | RotatedPosterior) -> "Mixture":
+    def from_stacked(cls, posterior: Posterior | RotatedPosterior) -> Mixture:
         """Return the mixture of M members along the first axis of every array.
 
         >>> q = Posterior(mean=jnp.zeros(3), precision=jnp.ones(3))
@@ -130,7 +132,7 @@ class Mixture(NamedTuple):
 
         return each(draw, key, shape)
 
-    def tempered(self, temperature: jax.typing.ArrayLike) -> "Mixture":
+    def tempered(self, temperature: jax.typing.ArrayLike) -> Mixture:
         r"""Return the mixture of the members' :math:`q_k^{1/T}`: see `Posterior`.
 
         >>> q = Posterior(mean=jnp.ones(2), precision=jnp.full(2, 4.0))

@@ -1,5 +1,7 @@
 r"""The Gaussian that is diagonal in a basis of its own for each array."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -42,9 +44,7 @@ class RotatedPosterior(NamedTuple):
     bases: optax.Params
 
     @classmethod
-    def of_diagonal(
-        cls, posterior: "Posterior | RotatedPosterior"
-    ) -> "RotatedPosterior":
+    def of_diagonal(cls, posterior: Posterior | RotatedPosterior) -> RotatedPosterior:
         """Return a `Posterior` as a member of this family, without bases."""
         if isinstance(posterior, RotatedPosterior):
             return posterior
@@ -104,7 +104,7 @@ class RotatedPosterior(NamedTuple):
         """Whether each array is random: a tree of booleans, False for a point mass."""
         return self._diagonal.trained
 
-    def tempered(self, temperature: jax.typing.ArrayLike) -> "RotatedPosterior":
+    def tempered(self, temperature: jax.typing.ArrayLike) -> RotatedPosterior:
         r"""Return :math:`q^{1/T}`, normalised: the covariance times the temperature T.
 
         See `Posterior.tempered`.
@@ -114,7 +114,7 @@ class RotatedPosterior(NamedTuple):
 
     def restricted(
         self, mask: optax.Params | Callable[[optax.Params], optax.Params]
-    ) -> "RotatedPosterior":
+    ) -> RotatedPosterior:
         """Return this posterior over some parameters, the others fixed at their mean.
 
         See `Posterior.restricted`. Arrays are independent: what stays is unchanged.
@@ -213,7 +213,7 @@ class RotatedPosterior(NamedTuple):
         ]
         return jnp.sum(jnp.stack(wide(*terms))) if terms else jnp.zeros([])
 
-    def kl_divergence(self, prior: "Posterior | RotatedPosterior") -> jax.Array:
+    def kl_divergence(self, prior: Posterior | RotatedPosterior) -> jax.Array:
         r"""Kullback-Leibler divergence :math:`KL(q \| p)` to another Gaussian, in nats.
 
         Args:
@@ -234,7 +234,7 @@ class RotatedPosterior(NamedTuple):
         divergence = seen.marginals.kl_divergence(p.coordinates)
         return jnp.add(*wide(divergence, seen.total_correlation()))
 
-    def seen_from(self, bases: optax.Params) -> "RotatedPosterior":
+    def seen_from(self, bases: optax.Params) -> RotatedPosterior:
         """Return this distribution over the coordinates in other `bases`."""
         own = jax.tree.map(Basis.seen_from, self.bases, bases, is_leaf=is_basis)
         return RotatedPosterior(into(bases, self.mean), self.precision, own)

@@ -1,5 +1,7 @@
 """What IVON maximises, so that runs and settings can be compared by it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """What one step learns of the loss: a gradient and a Hessian estimate, kept apart."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

@@ -1,5 +1,7 @@
 """IVON in the eigenbases of SOAP's preconditioner, as optax transformations."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax

@@ -1,5 +1,7 @@
 """From a loss to what `update` needs: gradient and Hessian estimate under q."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, Literal

@@ -1,5 +1,7 @@
 """Read the Gaussian out of an optimizer state, wherever IVON sits in it."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax

@@ -1,5 +1,7 @@
 """The sample as the trainer's parameters, for trainers that own the gradient."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax

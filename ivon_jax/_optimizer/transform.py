@@ -1,5 +1,7 @@
 """Algorithm 1 lifted to pytrees: IVON as optax gradient transformations."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax

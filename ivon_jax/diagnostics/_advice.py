@@ -1,5 +1,7 @@
 """What to do about a number, in plain words, and when."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from typing import NamedTuple

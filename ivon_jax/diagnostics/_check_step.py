@@ -1,5 +1,7 @@
 """Check a training step from outside, by a dry run."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

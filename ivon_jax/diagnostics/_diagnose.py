@@ -1,5 +1,7 @@
 """The numbers of a run, and what they say."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """How good class probabilities are: accuracy, NLL, Brier score, calibration."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

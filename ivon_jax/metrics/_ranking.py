@@ -1,5 +1,7 @@
 """How well scores rank examples: in-domain above others, right above wrong."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 

@@ -1,5 +1,7 @@
 """How good Gaussian predictions of numbers are: NLL, CRPS, coverage of intervals."""
 
+from __future__ import annotations
+
 import math
 
 import jax
