@@ -61,7 +61,7 @@ def boolean(name, value):
 
 
 def integer_between(name, value, low, high=math.inf):
-    """Reject anything but an integer in [low, high]."""
+    """Raise unless this is an integer in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if not low <= value <= high:
@@ -108,7 +108,7 @@ def shape(name, value):
 
 
 def function(name, value, of="the parameters", example="lambda theta: apply(theta, x)"):
-    """Reject what cannot be called."""
+    """Raise unless this can be called."""
     if not callable(value):
         raise TypeError(
             f"`{name}` must be a function of {of}, got {type(value).__name__}. Pass "
@@ -117,7 +117,7 @@ def function(name, value, of="the parameters", example="lambda theta: apply(thet
 
 
 def arguments(name, value):
-    """Reject an array in the place of a tuple, whose rows would be the arguments."""
+    """Raise if an array is in the place of a tuple of arguments."""
     if not isinstance(value, (tuple, list)):
         raise TypeError(
             f"`{name}` must be a tuple of arguments, got {type(value).__name__}. Of "
@@ -189,7 +189,7 @@ def scalar_loss(value, hint="Drop what it returns besides."):
 
 
 def distribution(name, value, verb):
-    """Reject what does not offer `verb`, or has values of no distribution."""
+    """Raise unless this offers `verb`, and its values are those of a distribution."""
     if not hasattr(value, verb):
         raise TypeError(
             f"`{name}` must be a Posterior, one Gaussian, got {type(value).__name__}. "

@@ -322,7 +322,7 @@ def _search(nll, temperatures):
 
 
 def _curve(tried, mean_nll):
-    """In order of the temperature, with the best of them."""
+    """Sort the curve by temperature, and find the best one."""
     temperatures, nll = jax.lax.sort(tried, num_keys=1)
     _check_finite(nll)
     best = jnp.where(_any_finite(nll), temperatures[_best(nll)], jnp.nan)
@@ -380,7 +380,7 @@ def _first(stacked):
 
 
 def _log_likelihoods(outputs, labels):
-    """Of each example, in float32 or wider; NaN for a label of no class."""
+    """Return each example's NLL, float32 or wider; NaN where a label is no class."""
     [outputs] = wide(outputs)
     if labels is None:
         return outputs

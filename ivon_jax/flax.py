@@ -248,7 +248,7 @@ def value_and_grad(
 
 
 def _reject_streams(args, kwargs):
-    """Reject random streams, whose counts no draw can change within a derivative."""
+    """Raise for random streams: no draw can change their counts in a derivative."""
 
     def is_stream(node):
         return isinstance(node, (nnx.Rngs, nnx.RngStream, nnx.RngState))
@@ -367,7 +367,7 @@ def arrays(tree: Any) -> Any:
 
 
 def _check_arguments(call, model, optimizer):
-    """Reject an NNX model and its optimizer in each other's place, or in the key's."""
+    """Raise if the NNX model and its optimizer are in the wrong places."""
     if not (hasattr(optimizer, "opt_state") and hasattr(optimizer, "wrt")):
         name, value, kind = "optimizer", optimizer, "an `nnx.Optimizer`"
     elif hasattr(model, "opt_state") or isinstance(model, (jax.Array, np.ndarray)):
@@ -380,7 +380,7 @@ def _check_arguments(call, model, optimizer):
 
 
 def _check_filter(params, params_of_optimizer, wrt, wrt_of_optimizer):
-    """Reject variables to draw that are not those that the optimizer trains."""
+    """Raise unless the variables to draw are those that the optimizer trains."""
     if jax.tree.structure(params) != jax.tree.structure(params_of_optimizer):
         raise ValueError(
             f"`wrt` must be the filter of the optimizer, got {wrt!r} where that has "

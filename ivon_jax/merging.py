@@ -285,7 +285,7 @@ def _curvature(name, hess, reference_name, reference):
 
 
 def _check_some_curvature(path, total):
-    """Reject a sum of Hessians that cannot be divided by."""
+    """Raise unless the sum of Hessians is positive and finite."""
     low, high = _checks.extremes(total) or (1, 1)
     if not 0 < low <= high < np.inf:
         bad = high if low > 0 else low
@@ -297,7 +297,7 @@ def _check_some_curvature(path, total):
 
 
 def _check_floating(name, tree):
-    """Reject a tree with arrays that no difference can be scaled of."""
+    """Raise unless differences of these arrays can be scaled."""
     array_leaves(name, tree)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         dtype = jnp.result_type(leaf)
@@ -309,7 +309,7 @@ def _check_floating(name, tree):
 
 
 def _check_list(name, value, count=None):
-    """Reject what is no list of one tree for each model."""
+    """Raise unless this is a list with one tree for each model."""
     if not isinstance(value, (list, tuple)):
         raise TypeError(
             f"`{name}` must be a list of trees, one for each model, got "

@@ -43,7 +43,7 @@ def signal_to_noise(posterior: Posterior) -> Any:
       A tree of `posterior.mean`'s structure, float32 or wider.
 
     Raises:
-      TypeError, ValueError: `posterior` is none, or has point masses alone.
+      TypeError, ValueError: `posterior` is not a posterior, or has point masses alone.
     """
     _check(posterior)
 

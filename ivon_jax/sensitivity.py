@@ -297,7 +297,7 @@ def _masked(values, counts):
 
 
 def _check_loss(value):
-    """Reject a loss that is no scalar for one prediction."""
+    """Raise unless the loss of one prediction is a scalar."""
     if jnp.shape(validity.one_array("loss(outputs, y)", value)) != ():
         raise ValueError(
             "`loss(outputs, y)` must be a scalar, the loss of one prediction, got "

@@ -138,7 +138,7 @@ def recommended(
 
 
 def _cosine(num_steps):
-    """From 1 to 0; optax's does not take an integer under strict promotion."""
+    """Decay from 1 to 0; optax's takes no integer under strict promotion."""
     schedule = optax.cosine_decay_schedule(1.0, num_steps)
     return lambda count: schedule(jnp.asarray(count, float))
 

@@ -563,8 +563,8 @@ def test_what_is_no_batch_is_not_cut(weights):
     length = len(weights["w"])
     message = (
         "`microbatches` needs one batch, whose arrays have first axes of one length, "
-        f"got 12 at args[0] and {length} at weights['w']. What is no batch, such as "
-        "class weights, is no argument: let `loss_fn` close over it."
+        f"got 12 at args[0] and {length} at weights['w']. Let `loss_fn` close over "
+        "arrays that are not batches, such as class weights."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         grad_fn(jax.random.key(0), PARAMS, STATE, BATCH, weights=weights)

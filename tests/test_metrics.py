@@ -283,7 +283,7 @@ BAD_ARRAYS = [
     (2 * PROBS, LABELS, ValueError, "`probs` must sum to one over its last axis, got"),
     (np.log(PROBS), LABELS, ValueError, "`probs` must be non-negative, got -"),
     (np.nan * PROBS, LABELS, ValueError, "got a sum of nan. Training diverged?"),
-    (PROBS, np.eye(7)[LABELS], TypeError, "Of one-hot labels pass the argmax."),
+    (PROBS, np.eye(7)[LABELS], TypeError, "For one-hot labels pass the argmax."),
     (PROBS, LABELS - 1, ValueError, "Say by `where` which labels count."),
     (
         PROBS[:, :1],

@@ -472,7 +472,7 @@ BAD = {
     ),
     "one-hot labels": (
         {"y": np.eye(3, 50, dtype=np.float32)},
-        "`y` must be integers, got dtype float32. Of one-hot labels pass the argmax.",
+        "`y` must be integers, got dtype float32. For one-hot labels pass the argmax.",
     ),
     "a column of labels": (
         {"y": np.arange(3)[:, None]},

@@ -118,7 +118,7 @@ def _num_bytes(array):
 
 
 class _Same:
-    """What equals itself alone."""
+    """An object that equals itself alone."""
 
     def __init__(self, value):
         self.value = value

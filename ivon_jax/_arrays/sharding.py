@@ -52,7 +52,7 @@ def divisible(x, rows):
 
 
 def parts(x, sharding=None):
-    """How many parts the type of `x` cuts its first axis into."""
+    """Count the parts into which the type of `x` cuts its first axis."""
     sharding = sharding or in_type(x)
     axes = sharding.spec[:1] if sharding is not None else ()
     names = [n for axis in axes for n in (axis if isinstance(axis, tuple) else (axis,))]

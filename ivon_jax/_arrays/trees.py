@@ -11,14 +11,14 @@ NOTHING = object()
 REMEDIES = (
     (
         "flax.nnx",
-        "\nOf NNX models and optimizers, use `ivon_jax.flax.posterior`, `.prior` and "
+        "\nFor NNX models and optimizers, use `ivon_jax.flax.posterior`, `.prior` and "
         "`.sample`, and `nnx.state(sampled, nnx.Param)` for `sample=`. Other functions "
         "take `ivon_jax.flax.arrays` of both trees.",
     ),
     (
         "equinox",
-        "\nOf an Equinox module, pass `eqx.filter(model, eqx.is_inexact_array)`, as to "
-        "`tx.init`.",
+        "\nFor an Equinox module, pass `eqx.filter(model, eqx.is_inexact_array)`, as "
+        "to `tx.init`.",
     ),
 )
 

@@ -39,12 +39,12 @@ class Basis(NamedTuple):
 
     @property
     def turns(self) -> bool:
-        """Whether it is no identity."""
+        """Return whether the basis turns anything: it is not the identity."""
         return any(q is not None for q in self)
 
     @property
     def squared(self) -> "Basis":
-        """With the squares of all entries, which turn variances; no basis itself."""
+        """The squares of all entries, which turn variances; not a basis itself."""
         return Basis(*(None if q is None else q**2 for q in self))
 
     def seen_from(self, other: "Basis") -> "Basis":

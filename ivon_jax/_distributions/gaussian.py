@@ -58,7 +58,7 @@ class Posterior(NamedTuple):
             has ``ess * weight_decay``.
 
         Raises:
-          TypeError, ValueError: `precision` is no positive number.
+          TypeError, ValueError: `precision` is not a positive number.
         """
         precision = _checks.positive("precision", precision)
         array_leaves("mean", mean)
@@ -135,7 +135,7 @@ class Posterior(NamedTuple):
           temperature: T, positive; below one is a cold, narrower posterior.
 
         Raises:
-          TypeError, ValueError: `temperature` is no positive number.
+          TypeError, ValueError: `temperature` is not a positive number.
         """
         temperature = _checks.positive("temperature", temperature)
         self.validate()
@@ -191,7 +191,7 @@ class Posterior(NamedTuple):
 
     @property
     def trained(self) -> optax.Params:
-        """Whether each array is random: a tree of booleans, False for a point mass."""
+        """Say which arrays are random: a tree of booleans, False for a point mass."""
         return _map(lambda _m, _p: True, self, point_mass=lambda _: False)
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> optax.Params:
@@ -211,7 +211,8 @@ class Posterior(NamedTuple):
           ``shape + mean.shape``. Point masses are their mean.
 
         Raises:
-          TypeError, ValueError: `key` or `shape` is none, or a precision is zero.
+          TypeError, ValueError: `key` is not a key, `shape` is not a shape, or a
+            precision is zero.
         """
         key, shape = _checks.random_key("key", key), _checks.shape("shape", shape)
         self.validate(positive=True)
@@ -369,7 +370,7 @@ class Posterior(NamedTuple):
         """Raise unless this is a Gaussian, and outside of ``jit`` its values are.
 
         Args:
-          positive: whether a flat one, of precision zero, is none either.
+          positive: raise for a flat Gaussian, of precision zero, too.
 
         Raises:
           TypeError, ValueError: mean and precision differ in structure or shape, or a
@@ -386,7 +387,7 @@ def each(draw, key, shape):
 
 
 def _variance(precision):
-    """NaN for what is no precision."""
+    """Return 1 / `precision`, NaN where it is negative or NaN."""
     return 1.0 / jnp.where(precision >= 0, precision, jnp.nan)
 
 

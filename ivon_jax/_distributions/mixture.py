@@ -22,7 +22,7 @@ FAMILIES = Posterior, RotatedPosterior
 
 
 class Stacked(NamedTuple):
-    """A posterior whose arrays have a leading axis of members, by its caller's word."""
+    """A posterior whose arrays have a leading axis of members, as the caller says."""
 
     mean: optax.Params
     precision: optax.Params
@@ -30,7 +30,7 @@ class Stacked(NamedTuple):
 
     @property
     def posterior(self) -> Posterior | RotatedPosterior:
-        """Of the family that the members are of."""
+        """All members as one posterior of their family."""
         if self.bases is None:
             return Posterior(self.mean, self.precision)
         return RotatedPosterior(self.mean, self.precision, self.bases)
@@ -198,7 +198,7 @@ def _stack(*arrays):
 
 
 def _check_members(posteriors):
-    """Reject what is no mixture: nothing, several trees, or one that is not stacked."""
+    """Raise unless this is a mixture: members, of one tree, stacked."""
     array_leaves("posteriors", posteriors)
     if isinstance(posteriors, (*FAMILIES, Stacked)):
         shapes = [jnp.shape(x) for x in jax.tree.leaves(posteriors)]
@@ -206,7 +206,7 @@ def _check_members(posteriors):
         if len(lengths) != 1 or lengths & {(), (0,)}:
             raise ValueError(
                 "`posteriors` must have one leading axis of members in every array, "
-                f"got lengths {sorted(lengths)}. Of one posterior, pass a list."
+                f"got lengths {sorted(lengths)}. For one posterior, pass a list."
             )
         if isinstance(posteriors, FAMILIES) and min(map(len, shapes)) < 2:
             raise ValueError(

@@ -101,7 +101,7 @@ class RotatedPosterior(NamedTuple):
 
     @property
     def trained(self) -> optax.Params:
-        """Whether each array is random: a tree of booleans, False for a point mass."""
+        """Say which arrays are random: a tree of booleans, False for a point mass."""
         return self._diagonal.trained
 
     def tempered(self, temperature: jax.typing.ArrayLike) -> RotatedPosterior:
@@ -254,14 +254,14 @@ class RotatedPosterior(NamedTuple):
 
     @property
     def _diagonal(self):
-        """With the same noise, entropy and errors, and the variance of coordinates."""
+        """The diagonal Gaussian of the same noise and entropy, over coordinates."""
         return Posterior(self.mean, self.precision)
 
     def _in_bases(self, product, vector):
         return out_of(self.bases, product(into(self.bases, vector)))
 
     def _arrays(self, tree):
-        """Of each array its part of `tree`, its precision and its basis."""
+        """Yield each array's part of `tree`, its precision and its basis."""
         structure = jax.tree.structure(self.mean)
         trees = tree, self.precision, self.bases
         return zip(*map(structure.flatten_up_to, trees), strict=True)

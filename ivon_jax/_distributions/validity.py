@@ -13,7 +13,7 @@ from .natural import PointMass
 
 
 def check(q, positive):
-    """Reject a precision that is known not to be one: negative, infinite or NaN."""
+    """Raise if a precision is known to be negative, infinite or NaN."""
     _precision_like_mean(q)
     leaves = jax.tree_util.tree_leaves_with_path(q.precision)
     named = [(path, jnp.asarray(x)) for path, x in leaves if jnp.size(x)]
@@ -38,7 +38,7 @@ def _ranges(*arrays):
 
 
 def _precision_like_mean(q):
-    """Reject a Gaussian whose precision has not the mean's structure and shapes."""
+    """Raise unless the precision has the structure and shapes of the mean."""
     array_leaves("mean", q.mean)
     leaves, structure = jax.tree_util.tree_flatten_with_path(q.mean)
     try:
@@ -58,7 +58,7 @@ def _precision_like_mean(q):
 
 
 def _gaussian_array(path, mean, precision):
-    """Reject a mean and a precision that no array of Gaussians has."""
+    """Raise unless these can be the mean and precision of an array of Gaussians."""
     if jnp.shape(precision) != jnp.shape(mean):
         raise ValueError(
             f"`precision` must have the shapes of `mean`, got {jnp.shape(precision)} "
@@ -76,7 +76,7 @@ def _gaussian_array(path, mean, precision):
 
 
 def bases(q):
-    """Reject a Gaussian whose bases are not those of its arrays."""
+    """Raise unless the bases fit the arrays of the Gaussian."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(q.mean)
     try:
         found = structure.flatten_up_to(q.bases)
@@ -93,7 +93,7 @@ def bases(q):
 
 
 def _basis_of_array(path, shape, basis):
-    """Reject matrices that do not multiply with the matrix form of an array."""
+    """Raise unless the matrices multiply with the matrix form of an array."""
     for name, q in zip(("left", "right"), basis, strict=True):
         if q is None:
             continue
@@ -108,7 +108,7 @@ def _basis_of_array(path, shape, basis):
 
 
 def same_point_masses(posterior, prior):
-    """Reject two Gaussians with a divergence that is infinite by structure."""
+    """Raise unless the two Gaussians have the same point masses."""
 
     def check(path, _, precision, prior_precision):
         if (precision is None) != (prior_precision is None):
@@ -123,7 +123,7 @@ def same_point_masses(posterior, prior):
 
 
 def natural_parameters(natural):
-    """Reject what is of no Gaussian: the quadratic ones are negative."""
+    """Raise unless these are natural parameters: the quadratic ones are negative."""
     structure = jax.tree.structure(natural.linear)
     try:
         leaves = structure.flatten_up_to(natural.quadratic)
@@ -175,7 +175,7 @@ def prior_precision(precision, params):
 
 
 def _check_non_negative(name, array):
-    """Reject concrete values that are negative, infinite or NaN."""
+    """Raise if concrete values are negative, infinite or NaN."""
     low, high = (None if array is None else _checks.extremes(jnp.asarray(array))) or (
         0,
         0,

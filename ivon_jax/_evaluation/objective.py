@@ -63,7 +63,7 @@ def evidence_lower_bound(
 
     Raises:
       TypeError, ValueError: an argument is of the wrong kind or out of range, or the
-        loss is no scalar.
+        loss is not a scalar.
 
     References:
       Shen et al., Variational Learning is Effective for Large Deep Networks, ICML 2024,

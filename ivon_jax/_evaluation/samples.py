@@ -26,7 +26,7 @@ def mean_over_samples(fn, posterior, key, num_samples, args, of=None):
 
 
 def checked_key(fn, posterior, key, num_samples, args, verb="sample"):
-    """Reject arguments without which there are no samples of `fn`; return the key."""
+    """Raise unless `fn` can be sampled with these arguments; return the key."""
     _checks.function("fn", fn)
     _checks.integer_between("num_samples", num_samples, 1)
     check_posterior(posterior, verb)
@@ -55,7 +55,7 @@ def means(posterior):
 
 
 def check_posterior(posterior, verb="sample"):
-    """Reject what has no samples, the parameters above all."""
+    """Raise unless this can be sampled; parameters, for example, cannot."""
     if not hasattr(posterior, verb):
         raise TypeError(
             f"`posterior` must be a posterior, got {type(posterior).__name__}. Pass "

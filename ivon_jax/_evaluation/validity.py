@@ -11,25 +11,25 @@ SQUARED_ERROR = "lambda f, y: 0.5 * jnp.sum((f - y) ** 2)"
 
 
 def probabilities(name, probs):
-    """Reject what is no array of distributions over its last axis."""
+    """Raise unless this is an array of distributions over its last axis."""
     distributions(name, probs)
     sum_to_one(name, probs)
 
 
 def logits(name, logits):
-    """Reject what can be no logits of two or more classes."""
+    """Raise unless this can be logits of two or more classes."""
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"`{name}` must be floating-point, got dtype {logits.dtype}.")
     if not logits.size or logits.shape[-1:] < (2,):
         raise ValueError(
             f"`{name}` must have shape (..., num_classes), two or more classes and at "
-            f"least one example, got shape {logits.shape}. Of a sigmoid's logit f make "
+            f"least one example, got shape {logits.shape}. For a sigmoid's logit f use "
             "two columns: `jnp.stack([jnp.zeros_like(f), f], axis=-1)`."
         )
 
 
 def distributions(name, probs):
-    """Reject what can be no array of distributions, whatever its values."""
+    """Raise unless type and shape are those of an array of distributions."""
     if not jnp.issubdtype(probs.dtype, jnp.floating):
         raise TypeError(f"`{name}` must be floating-point, got dtype {probs.dtype}.")
     if not probs.ndim or not probs.size:
@@ -40,13 +40,13 @@ def distributions(name, probs):
     if probs.shape[-1] == 1:
         raise ValueError(
             f"`{name}` must have two or more classes in its last axis, got shape "
-            f"{probs.shape}. Of one sigmoid make two columns: "
+            f"{probs.shape}. From one sigmoid make two columns: "
             "`jnp.concatenate([1 - p, p], axis=-1)`."
         )
 
 
 def sum_to_one(name, probs, where=None):
-    """Reject values that are no distributions over the last axis, where they count."""
+    """Raise unless values that count are distributions over the last axis."""
     least, low, high = _checks.known(_of_distributions, probs, where) or (0, 1, 1)
     if least < 0:
         raise ValueError(
@@ -104,7 +104,7 @@ def integers(name, labels, remedy=""):
     labels = jnp.asarray(_fitting(labels))
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(
-            f"`{name}` must be integers, got dtype {labels.dtype}. Of one-hot labels "
+            f"`{name}` must be integers, got dtype {labels.dtype}. For one-hot labels "
             f"pass the argmax.{remedy}"
         )
     # What does not fit becomes negative.
@@ -137,7 +137,7 @@ def classes(name, y, shape, num_classes, where):
 
 
 def labels(name, labels, shape, num_classes, where=None, remedy=""):
-    """Reject what are no class indices of this shape, where they count."""
+    """Raise unless the labels that count are class indices of this shape."""
     if labels.shape != shape:
         raise ValueError(
             f"`{name}` must have shape {shape}, one label for each prediction, got "
@@ -227,7 +227,7 @@ def outputs_of_one(output):
 
 
 def log_likelihoods(name, output):
-    """Reject what can be no log-likelihoods, one for each example."""
+    """Raise unless these can be log-likelihoods, one for each example."""
     if not output.ndim or not output.size:
         raise ValueError(
             f"`{name}` must have shape (N,), a log-likelihood for each example, got "
@@ -255,7 +255,7 @@ def mean_and_variance(name, pair):
 
 
 def of_predictions(name, tree, shape):
-    """Reject targets that are not one for each prediction."""
+    """Raise unless there is one target for each prediction."""
     for path, array in jax.tree_util.tree_leaves_with_path(tree):
         if array.shape[: len(shape)] != shape:
             raise ValueError(
@@ -318,6 +318,6 @@ def _count_nan(array, where):
 
 
 def not_empty(name, *arrays):
-    """Reject arrays without a single entry."""
+    """Raise if an array is empty."""
     if not sum(array.size for array in arrays):
         raise ValueError(f"`{name}` must have at least one entry, got none.")

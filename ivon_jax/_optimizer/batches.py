@@ -74,9 +74,9 @@ def _batch_size(name, count, batch):
         if len(other) != len(array):
             raise ValueError(
                 f"{what} needs one batch, whose arrays have first axes of one length, "
-                f"got {len(array)} at {path} and {len(other)} at {other_path}. What is "
-                "no batch, such as class weights, is no argument: let `loss_fn` close "
-                "over it."
+                f"got {len(array)} at {path} and {len(other)} at {other_path}. Let "
+                "`loss_fn` close over arrays that are not batches, such as class "
+                "weights."
             )
     if len(array) % (count or 1):
         raise ValueError(
@@ -89,7 +89,7 @@ def _batch_size(name, count, batch):
 
 
 def check_keys(batch):
-    """Reject what may be a legacy random key, which looks like a batch of two."""
+    """Raise for what may be a legacy random key: it looks like a batch of two."""
     legacy = (4,) if "rbg" in jax.config.jax_default_prng_impl else (2,)
     for path, x in _named_leaves(batch):
         if getattr(x, "dtype", None) == jnp.uint32 and x.shape == legacy:

@@ -84,12 +84,12 @@ def next_statistic(statistic, grad, b3):
 
 
 def is_known(statistic):
-    """Whether there was a gradient, for each of the stacked matrices: (..., 1, 1)."""
+    """Say which of the stacked matrices has had a gradient: (..., 1, 1)."""
     return _trace(next(x for x in statistic if x is not None)) > 0
 
 
 def begins(basis, before, after):
-    """Whether its first gradient has come, as `is_known`; None without a basis."""
+    """Say where the first gradient came just now; None without a basis."""
     return is_known(after) & ~is_known(before) if basis.turns else None
 
 

@@ -100,7 +100,7 @@ class Estimate(metaclass=_Shown):
           The updates, for `optax.apply_updates`, and the next state.
 
         Raises:
-          TypeError: `tx` is no optax transformation.
+          TypeError: `tx` is not an optax transformation.
           ValueError: the estimate was changed as if it were a gradient.
         """
         check_transformation("tx", tx, "estimate.update(tx, opt_state, params)")
@@ -109,7 +109,7 @@ class Estimate(metaclass=_Shown):
         return tx.update(grad, opt_state, params, hess=hess, **extra_args)
 
     def opened(self) -> tuple[optax.Updates, optax.Updates]:
-        """Gradient and Hessian estimate, the former NaN where the latter is no use."""
+        """Return both; the gradient is NaN where the Hessian estimate is unusable."""
         whole = _is_unbroken(self._seal, SEAL)
         structure = jax.tree.structure(self.grad)
         try:
@@ -172,7 +172,7 @@ def _seal_of(leaves):
 
 
 def check_transformation(name, tx, call):
-    """Reject what is no optimizer, arguments in the wrong order above all."""
+    """Raise unless `tx` is an optimizer; arguments may be in the wrong order."""
     if not (callable(getattr(tx, "init", None)) and hasattr(tx, "update")):
         raise TypeError(
             f"`{name}` must be an optax transformation, got {type(tx).__name__}. Call "

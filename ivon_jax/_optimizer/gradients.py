@@ -348,7 +348,7 @@ def _floating_dtype(name, value):
 
 
 def _check_axis(name, axis_name):
-    """Reject what is about several devices where there is no axis of them."""
+    """Raise if an argument needs an axis of devices, and there is none."""
     if axis_name is None:
         raise ValueError(f"`{name}` needs `axis_name`, the axis to reduce over.")
 
@@ -365,7 +365,7 @@ def _axis_index(axis_name):
 
 
 def _check_stateless(name, transform, params):
-    """Reject what is no optax transformation, or one that would need its state kept."""
+    """Raise unless this is an optax transformation without a state."""
     if not isinstance(transform, optax.GradientTransformation):
         raise TypeError(
             f"`{name}` must be an optax transformation, such as "

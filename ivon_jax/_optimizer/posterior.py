@@ -151,7 +151,7 @@ def _joint(params, opt_state, read):
 
 
 def _one_owner(param, *owns):
-    """Reject two states with a say on one parameter."""
+    """Raise if two states own one parameter."""
     if sum(owns) > 1:
         raise ValueError(
             f"`opt_state` must have one IVON state for each parameter, got "

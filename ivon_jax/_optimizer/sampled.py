@@ -65,9 +65,9 @@ def sampled(
       the trainer doesn't pass them, the exact sample is drawn again from its key.
 
     Raises:
-      TypeError, ValueError: `tx` is no transformation or `key` no key; in `init`, `tx`
-        has no IVON, is `sampled` itself, or has `optax.MultiSteps`, which belongs
-        around.
+      TypeError, ValueError: `tx` is not a transformation or `key` not a key; in
+        `init`, `tx` has no IVON, is `sampled` itself, or has `optax.MultiSteps`, which
+        belongs around.
     """
     check_transformation(
         "tx", tx, "ivon_jax.sampled(ivon_jax.ivon(...), jax.random.key(0))"
@@ -131,13 +131,13 @@ def _mean_of(param):
 
 
 def _rounded(params, mean):
-    """Whether any array of `params` has fewer bits than its mean."""
+    """Return whether any array of `params` has fewer bits than its mean."""
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(mean), strict=True)
     return any(jnp.result_type(p) != m.dtype for p, m in pairs)
 
 
 def _has_curvature(grads, extra_args):
-    """Whether the caller has drawn samples of its own."""
+    """Return whether the caller has drawn samples of its own."""
     given = isinstance(grads, Estimate), extra_args.get("sample") is not None
     return any(given) or extra_args.get("hess") is not None
 

@@ -71,7 +71,7 @@ class IVONState(NamedTuple):
         return Posterior(means, owned(p.precision, params))
 
     def _check(self, params):
-        """Reject a batch of states, and parameters that are not its own."""
+        """Raise for a batch of states, and for parameters of another structure."""
         if jnp.shape(self.ess):
             raise ValueError(
                 "`opt_state` must be one state, got a batch of shape "
@@ -109,7 +109,7 @@ class EVONState(NamedTuple):
 
     @property
     def prior(self) -> RotatedPosterior | None:
-        """In bases of its own; None where there is `weight_decay` alone."""
+        """The prior, in bases of its own; None where there is `weight_decay` alone."""
         if self.own_prior is None:
             return None
         return RotatedPosterior(*self.own_prior, self._tree(self.flat_prior_bases))
@@ -193,7 +193,7 @@ class SampledState(NamedTuple):
 
 
 def check_settings(state):
-    """Reject a state of IVON without settings."""
+    """Raise if a state of IVON has no settings."""
     if getattr(state, "hess_init", 0.0) is None:
         raise ValueError(
             "`opt_state` must hold the settings of `ivon` since version 0.2, got an "

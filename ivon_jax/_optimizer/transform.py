@@ -171,7 +171,7 @@ def ivon(
 
 
 def learning_rate_of(learning_rate, ess):
-    """Directions times minus a checked learning rate."""
+    """Multiply directions by minus a checked learning rate."""
     if not callable(learning_rate):
         learning_rate = _checks.number(
             "learning_rate", learning_rate, _checks.NON_NEGATIVE
@@ -193,7 +193,7 @@ def decay_rate(b2, horizon):
 
 
 def rescaled(hess_init, weight_decay, prior):
-    """Directions times `hess_init`, and the weight decay where that is one number."""
+    """Multiply directions by `hess_init`, plus the weight decay if it is one number."""
     hess_init = _in_range("hess_init", hess_init, *HESS_RANGE)
     decay = _weight_decay(weight_decay) if prior is None else 0.0
     return optax.scale(hess_init + decay)  # type: ignore[arg-type, unused-ignore]
@@ -218,14 +218,14 @@ def preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=None
     }
 
     def first_settings():
-        """As arrays of our own: nothing that the caller may donate."""
+        """Return arrays of our own: nothing that the caller may donate."""
         return {
             name: None if value is None else jnp.array(value, dtype=float)
             for name, value in settings.items()
         }
 
     def new_settings(state):
-        """Those of this step, which may be a schedule's."""
+        """Return the settings of this step, which may come from a schedule."""
 
         def new(name, value):
             if value is None:
@@ -326,7 +326,7 @@ def _field(name, steps):
 
 
 def check_prior(prior, weight_decay, default, kinds=(Posterior,)):
-    """Reject a prior that is no Gaussian of these kinds, or two priors."""
+    """Raise unless the prior is a Gaussian of these kinds, and the only prior."""
     if prior is None:
         return
     if not isinstance(prior, kinds):
@@ -345,7 +345,7 @@ def check_prior(prior, weight_decay, default, kinds=(Posterior,)):
 
 
 def _check_clip(state, clip_radius):
-    """Reject a state that was made with the other kind of clip."""
+    """Raise unless the state was made with this kind of clip."""
     if (clip_radius is None) != (state.clip_radius is None):
         made, now = ("without", "a") if state.clip_radius is None else ("with", "no")
         raise ValueError(

@@ -12,7 +12,7 @@ from .state import EVONState, IVONState, SampledState
 
 
 def one_curvature(sample, hess, grads):
-    """Reject an update that has no source for the Hessian, or several."""
+    """Raise unless an update has exactly one source for the Hessian."""
     sources = {"sample": sample, "hess": hess, "an `Estimate` for `grads`": None}
     if isinstance(grads, Estimate):
         sources["an `Estimate` for `grads`"] = grads
@@ -38,7 +38,7 @@ LOST = (
 
 
 def has_params(params):
-    """Reject an update without the mean."""
+    """Raise if an update lacks the mean."""
     if params is None:
         raise ValueError(
             "`update` needs `params`, the posterior mean, got None. Call "
@@ -47,7 +47,7 @@ def has_params(params):
 
 
 def inside_sampled(inner_state, ivon_states):
-    """Reject transformations that `sampled` would train wrongly, without a word."""
+    """Raise for transformations that `sampled` would silently train wrongly."""
     if not ivon_states:
         raise ValueError(
             "`tx` must have `ivon_jax.ivon` or `ivon_jax.scale_by_ivon` inside, got "
@@ -87,7 +87,7 @@ def params_of_sampled(params, grads, mean):
 
 
 def a_draw(sample, params):
-    """Reject the mean itself in the place of a sample, where it can be told."""
+    """Raise if the sample is the mean itself, where that can be seen."""
     leaves = jax.tree_util.tree_leaves_with_path(sample)
     for (path, theta), mean in zip(leaves, jax.tree.leaves(params), strict=True):
         if theta is mean and np.size(theta):
@@ -100,7 +100,7 @@ def a_draw(sample, params):
 
 
 def params_before_state(states_in_params):
-    """Reject parameters and state in each other's place."""
+    """Raise if parameters and state are in each other's place."""
     if states_in_params:
         raise ValueError(
             "`params` must be the parameters, got an optimizer state with the "
@@ -110,7 +110,7 @@ def params_before_state(states_in_params):
 
 
 def some_state(states, opt_state):
-    """Reject an optimizer state without IVON."""
+    """Raise if an optimizer state has no IVON in it."""
     if states:
         return
     raise ValueError(
@@ -121,7 +121,7 @@ def some_state(states, opt_state):
 
 
 def own_state(state, kind):
-    """Reject an update of what this optimizer never made."""
+    """Raise unless this optimizer made the state."""
     maker = {IVONState: "ivon", EVONState: "evon"}
 
     def is_state(node):
@@ -153,7 +153,7 @@ def _if_restored(state):
 
 
 def same_kind_of_prior(prior, state):
-    """Reject a prior that the state doesn't have, and one that `ivon` doesn't."""
+    """Raise unless the state and `ivon` both have a prior, or both have none."""
     if (prior is None) != (state.prior is None):
         made, now = ("without", "has") if state.prior is None else ("with", "has no")
         raise ValueError(
@@ -164,7 +164,7 @@ def same_kind_of_prior(prior, state):
 
 
 def arguments_in_order(learning_rate, ess):
-    """Reject a learning rate and a number of examples in each other's place."""
+    """Raise if learning rate and number of examples are in each other's place."""
     known = not callable(learning_rate)
     rate = _checks.scalar("learning_rate", learning_rate)[1] if known else None
     size = 1.0 if callable(ess) else _checks.scalar("ess", ess)[1]
@@ -176,7 +176,7 @@ def arguments_in_order(learning_rate, ess):
 
 
 def floating_leaves(params):
-    """Reject parameters that no Gaussian can have, whole modules among them."""
+    """Raise unless all parameters are floating-point arrays; a module is not."""
     if params is None:
         raise TypeError("`params` must be a tree of arrays, got None.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -87,8 +87,8 @@ With the sizes of the training set and of a batch:
   number of examples, 1 where it is that of batches. Healthy: from 1.5 on. It is left
   out for batches of fewer than eight.
 
-Of a training step, `check_step` has these, and ``ess_in_batches``. It repeats steps
-with one thing changed, and without noise where noise has no part in what is asked:
+For a training step `check_step` has the following, and ``ess_in_batches``. It repeats
+steps with one thing changed, and without noise where noise has no part in the question:
 
 * ``state_moves``: by how much the count of IVON's state goes up. ``non_finite``: the
   share of m that is NaN or infinite after a step. ``no_gradient``: 1 where all

@@ -213,7 +213,7 @@ def advice(numbers: Mapping[str, jax.typing.ArrayLike]) -> list[str]:
       The sentences; none for a healthy run.
 
     Raises:
-      TypeError, ValueError: a number is none, or not known yet.
+      TypeError, ValueError: a number is not a number, or not known yet.
     """
     values = {name: _measured(name, value) for name, value in numbers.items()}
     found = [
@@ -226,7 +226,7 @@ def advice(numbers: Mapping[str, jax.typing.ArrayLike]) -> list[str]:
 
 
 def _is_explained(sentence, found, values):
-    """Whether a sentence says nothing that others don't, or that isn't known."""
+    """Return whether a sentence repeats others, or says what isn't known."""
     others = set(found) - {UNTRAINED, IDLE}
     alike = values.get("hess_spread", 1.0) < ALIKE
     saturated = 0.0 <= values.get("loss_at_mean", 1.0) < SATURATED

@@ -72,7 +72,7 @@ def measure(
 
     Args:
       params: the posterior mean, or a sample where `sampled` made it one.
-      opt_state: any optax state with IVON in it. Of several IVON states, each is
+      opt_state: any optax state with IVON in it. If it has several IVON states, each is
         measured with its own settings. A state of another optimizer gives the numbers
         that it has the fields of `ivon_jax.IVONState` for.
       hess_init: what to measure with in the place of the state's own, as with `b2`,
@@ -143,7 +143,7 @@ def _in_dtypes(tree, params):
 
 
 def _check_pair(arguments):
-    """Reject one of two arguments alone."""
+    """Raise if only one of two arguments is given."""
     given = [name for name, value in arguments.items() if value is not None]
     if len(given) == 1:
         [missing] = arguments.keys() - set(given)
@@ -165,7 +165,7 @@ def _settings(hess_init, b2, b1, clip_radius):
 
 
 def _check_some_entries(groups):
-    """Reject parameters of which IVON trains none."""
+    """Raise if IVON trains none of the parameters."""
     if not groups:
         raise ValueError(
             "`params` must have an entry that IVON trains, got none: its arrays are "
@@ -174,7 +174,7 @@ def _check_some_entries(groups):
 
 
 def _check_key(name, key):
-    """Reject samples without randomness."""
+    """Raise if samples lack a random key."""
     if key is None:
         raise ValueError(
             f"`key` must be a JAX random key where `{name}` is given, got None. Pass "

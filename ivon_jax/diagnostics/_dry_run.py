@@ -49,7 +49,7 @@ class DryRun:
         return np.shape(self.leaves[batch[0]])[0] if batch else 0
 
     def same_rows(self, first: np.ndarray, second: np.ndarray) -> bool:
-        """Whether these rows of the batch are the same examples."""
+        """Return whether these rows of the batch are the same examples."""
         arrays = [np.asarray(self.leaves[i]) for i in self.rest.batch]
         return all(np.array_equal(x[first], x[second]) for x in arrays)
 

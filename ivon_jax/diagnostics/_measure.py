@@ -48,13 +48,13 @@ class Group(NamedTuple):
 
     @property
     def has_average(self):
-        """Whether h is a moving average that is known from its start."""
+        """Return whether h is a moving average that is known from its start."""
         settings = self.hess_init, self.one_minus_b2, self.arrays[0].hess
         return all(x is not None for x in settings)
 
     @property
     def has_clip(self):
-        """Whether the direction of the last step is known, and clipped."""
+        """Return whether the direction of the last step is known, and clipped."""
         x = self.arrays[0]
         return all(
             v is not None for v in (self.clip_radius, self.b1, x.momentum, x.hess)
@@ -117,7 +117,7 @@ def kept(tree, trained):
 
 
 def of_weights(groups):
-    """What any optimizer with a posterior has."""
+    """Measure what any optimizer with a posterior has."""
     arrays = [x for g in groups for x in g.arrays]
     size = size_of(arrays)
     learned = [v for x in arrays for v in (x.mean, x.hess, x.momentum) if v is not None]
@@ -136,7 +136,7 @@ def of_weights(groups):
 
 
 def of_hess(groups, num_steps):
-    """Where h is, and how much of it is still `hess_init`."""
+    """Measure h, and how much of it is still `hess_init`."""
     arrays = [x for g in groups for x in g.arrays]
     pairs = [(x.hess, g.hess_init) for g in groups for x in g.arrays]
     hess = [x.hess for x in arrays]
@@ -183,7 +183,7 @@ def _spread(arrays):
 
 
 def _decayed(group):
-    """How many entries are where estimates of zero alone would have left them."""
+    """Count the entries that are where estimates of zero alone would leave them."""
     hess, hess_init = [x.hess for x in group.arrays], group.hess_init
     share = group.learned_share
     median = ranks.lower_median(hess)

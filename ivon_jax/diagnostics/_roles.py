@@ -106,7 +106,7 @@ def _states(tree):
 
 
 def _is_state(node):
-    """Whether `node` is a state of an optax transformation; chains are tuples."""
+    """Return whether `node` is a state of an optax transformation."""
     named = isinstance(node, tuple) and hasattr(node, "_fields")
     return named and type(node).__module__.split(".")[0] in ("optax", "ivon_jax")
 
@@ -116,7 +116,7 @@ def _is_accumulation(node):
 
 
 def is_sampled(args: Any) -> bool:
-    """Whether `ivon_jax.sampled` draws, and the parameters are the sample."""
+    """Return whether `sampled` draws, so that the parameters are the sample."""
     return bool(nodes(args, "mean_of"))
 
 
@@ -137,7 +137,7 @@ def _is_floating(x):
 
 
 def _is_key(x):
-    """Whether a leaf is a random key, of either kind."""
+    """Return whether a leaf is a random key, of either kind."""
     if not hasattr(x, "dtype"):
         return False
     raw = x.dtype == jnp.uint32 and np.shape(x) == (2,)

@@ -15,7 +15,7 @@ TIMES = 3.0  # how many standard errors a difference must have
 
 
 def of_loss(groups, params, prior_mean, opt_state, loss_fn, keys):
-    """What takes samples of a loss."""
+    """Measure the numbers that need samples of a loss."""
     arrays = [x for g in groups for x in g.arrays]
     size, count = size_of(arrays), len(keys)
     has_hess = all(g.has_average for g in groups)
@@ -76,7 +76,7 @@ def _split(estimate, params, opt_state):
 
 
 def of_predictions(fn, labels, params, opt_state, keys):
-    """What takes probabilities of held-out examples, and their labels."""
+    """Measure the numbers that need held-out probabilities and labels."""
     labels = validity.integers("labels", labels)
 
     def probs_at(theta):

@@ -75,7 +75,7 @@ class _Probes:
         return self.dry.take(self.leaves, **changes)
 
     def of_batch(self, grad: np.ndarray) -> dict[str, float]:
-        """What the gradient makes of the rows of a batch."""
+        """Measure how the gradient depends on the rows of a batch."""
         size = self.dry.batch_size
         if size < 2:
             return {}
@@ -109,7 +109,7 @@ class _Probes:
         return numbers
 
     def of_length(self, grad: np.ndarray, num_steps: int | None) -> dict[str, float]:
-        """How far steps lead, and whether down."""
+        """Measure how far steps lead, and whether they go down."""
         dry, leaves, mean = self.dry, self.leaves, self.mean
         state: Any = dry.states(leaves)[0]  # with settings: all of them are IVON's
         horizon = num_steps or 1.0 / float(state.one_minus_b2)
@@ -136,7 +136,7 @@ class _Probes:
         return numbers
 
     def of_sample(self) -> dict[str, float]:
-        """Where the gradient was taken, and what the optimizer was told of it."""
+        """Compare where the gradient was taken with what the optimizer was told."""
         mean, scale = self.mean, NOISE * self.scale
         # With h so large that steps are short, and all the same noise.
         wide: dict[str, Any] = {
@@ -196,7 +196,7 @@ class _Probes:
 
 
 def _num_changed(before, after):
-    """How many arrays come back with another shape, dtype or weakness of it."""
+    """Count arrays that come back with another shape, dtype or weak type."""
 
     def kind(x):
         weak = getattr(x, "weak_type", not hasattr(x, "dtype"))
@@ -222,7 +222,7 @@ def _cosine(x, y):
 
 
 def _residual(target, *columns):
-    """What the best combination of the columns leaves, relative to the target."""
+    """Return the residual of the best combination of columns, over the target."""
     if not target.any():
         return 0.0
     matrix = np.stack(columns, axis=1)
@@ -231,5 +231,5 @@ def _residual(target, *columns):
 
 
 def _is_clipped(grad):
-    """Whether entries were cut to one largest value; with two classes, two have it."""
+    """Return whether more than two entries have the largest value, as after a clip."""
     return np.sum(np.abs(grad) == np.max(np.abs(grad))) > 2

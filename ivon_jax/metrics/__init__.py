@@ -19,7 +19,7 @@ any predictions, NaN among them.
 All work under ``jit``. There, values go unchecked: a label out of range, a variance
 that is not positive or a NaN that counts makes the result NaN, as does a mask without
 any example. Elsewhere each raises TypeError or ValueError for arguments that do not
-fit: shapes, labels that are no integers or out of range, probabilities that are
+fit: shapes, labels that are not integers or out of range, probabilities that are
 negative or do not sum to one.
 
 Reference: Snoek et al., Can You Trust Your Model's Uncertainty?, NeurIPS 2019, whose

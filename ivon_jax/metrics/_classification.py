@@ -179,7 +179,7 @@ def _of_label(probs, offsets):
 
 
 def _is_among(k, probs, offsets):
-    """Whether each label is among the k most probable classes."""
+    """Return whether each label is among the k most probable classes."""
     own = _of_label(probs, offsets)[..., None]
     ahead = (probs > own) | ((probs == own) & (offsets < 0))
     return jnp.sum(ahead, axis=-1) < k

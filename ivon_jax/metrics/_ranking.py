@@ -120,12 +120,12 @@ def _sorted(dtype, scores, where):
 
 
 def _at_least(scores, count, thresholds):
-    """How many of `count` sorted `scores` are at or above each threshold."""
+    """Count the sorted `scores` that are at or above each threshold."""
     return count - jnp.searchsorted(scores, thresholds, side="left")
 
 
 def _at_most(scores, count, thresholds):
-    """How many of `count` sorted `scores` are at or below each threshold."""
+    """Count the sorted `scores` that are at or below each threshold."""
     return jnp.minimum(jnp.searchsorted(scores, thresholds, side="right"), count)
 
 

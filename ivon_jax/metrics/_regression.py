@@ -178,5 +178,5 @@ def _prepared(mean, variance, targets, where):
 
 
 def _mean(values, variance, where):
-    """The mean over examples; NaN if a variance that counts is none."""
+    """Return the mean over examples; NaN if a variance that counts is not positive."""
     return mean_where(values, (variance > 0) & ~jnp.isnan(values), where)
