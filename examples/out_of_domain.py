@@ -29,7 +29,7 @@ STEPS = 5000
 BATCH_SIZE = 50
 LAYERS = (64, 128, 128, NUM_KNOWN)
 NUM_SAMPLES = 64
-# Of 16 settings the one with the least NLL in cross-validation on the known digits.
+# The setting, of 16, with the least NLL in cross-validation on the known digits.
 LEARNING_RATE, HESS_INIT = 0.3, 3.0
 
 # %%
@@ -115,8 +115,8 @@ for name, measure in measures.items():
     print(f"AUROC, {name}: {auroc:.3f}")
 
 # %%
-# The two groups overlap. To be honest, AdamW's entropy parts these few digits a little
-# better, and IVON's those of MNIST: benchmarks/unknown_classes.py has both.
+# The two groups overlap. AdamW's entropy tells these few digits apart a little better,
+# IVON's does so on MNIST: benchmarks/unknown_classes.py has both.
 
 figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
 bins = np.linspace(0, np.log(NUM_KNOWN), 25)

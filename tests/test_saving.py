@@ -31,6 +31,12 @@ def test_a_posterior_is_the_same_in_a_new_process(tmp_path):
     assert printed(tmp_path, "Load") == 4 * [expected]
 
 
+def test_a_run_is_the_same_when_it_is_restored(tmp_path):
+    """Its posterior has the same samples."""
+    expected, restored = printed(tmp_path, "Save", "Save and load a run")
+    assert restored == expected
+
+
 def test_a_state_of_an_older_version_goes_on_from_its_count(tmp_path):
     *_, count = printed(tmp_path, "Save", "States saved by version 0.1")
     assert count == "3"
