@@ -9,8 +9,8 @@ quickstart: .venv/examples.installed
 
 # The site, in docs/_build/html: runs the examples, and then the code of the pages.
 docs: .venv/docs.installed
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build/html
-	$(BIN)/pytest tests/test_pages.py tests/test_site.py tests/test_browser.py
+	JAX_PLATFORMS=cpu $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build/html
+	JAX_PLATFORMS=cpu $(BIN)/pytest tests/test_pages.py tests/test_site.py tests/test_browser.py
 	@echo "Open docs/_build/html/index.html"
 
 test: .venv/test.installed
