@@ -125,16 +125,7 @@ def by_variance(posterior: Posterior, sparsity: jax.typing.ArrayLike) -> Any:
     >>> print(by_variance(q, sparsity=0.5))
     [False  True]
 
-    Args:
-      posterior: what `ivon_jax.posterior` returns. Point masses are always kept, and
-        do not count.
-      sparsity: the share of all other entries to remove; see `mask`.
-
-    Returns:
-      A tree of booleans like `posterior.mean`, True for what is kept.
-
-    Raises:
-      TypeError, ValueError: as `signal_to_noise` and `mask`.
+    Arguments, result and errors are those of `by_signal_to_noise`.
     """
     _check(posterior)
 

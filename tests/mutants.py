@@ -1,6 +1,6 @@
 """Break the package in one place at a time, and see that a test notices.
 
-``make mutants`` does it, or ``python tests/mutants.py _rules gaussian.entropy`` for a
+``make mutants`` does it, or ``python tests/mutants.py _update_rules metrics`` for a
 part. Each mutant is a copy of the package with one expression changed: what a function
 returns is NaN, negated or doubled; of a sum or product one operand is lost, or it is a
 difference or quotient; a step that replaces a value by a function of it is left out.
@@ -33,13 +33,13 @@ import pytest
 import sklearn.metrics  # noqa: F401
 
 TESTS = {  # for each module the files that must notice; its doctests come first
-    "_rules": ["rules", "reference"],
+    "_update_rules": ["update_rules", "reference"],
     "_arrays.dtypes": ["transform", "gaussian"],
     "_arrays.loops": ["loops", "predictive", "gradients", "sensitivity", "calibration"],
     "_arrays.noise": ["noise"],
     "_arrays.ranks": ["pruning", "diagnostics"],
     "_distributions.basis": ["rotated"],
-    "_distributions.densities": ["gaussian", "posterior"],
+    "_distributions.divergences": ["gaussian", "posterior"],
     "_distributions.gaussian": ["gaussian", "posterior", "prior"],
     "_distributions.mixture": ["mixture"],
     "_distributions.natural": ["gaussian"],
@@ -75,7 +75,10 @@ TESTS = {  # for each module the files that must notice; its doctests come first
     "pruning": ["pruning"],
     "sensitivity": ["sensitivity"],
 }
-EVERY_KIND = "_rules.", *(f"_optimizer.gradients._{x}" for x in ("re", "sq", "ga"))
+EVERY_KIND = (
+    "_update_rules.",
+    *(f"_optimizer.gradients._{x}" for x in ("re", "sq", "ga")),
+)
 EQUIVALENT = {  # name of a mutant: why no test can notice it
     "_distributions.parts.over: return type(prior)(*[params] * len(prior)) -> 2": (
         "it has no leaves"

@@ -73,7 +73,7 @@ def test_what_no_test_can_notice_is_in_the_source():
 
 def test_each_rule_is_nan_negated_doubled_and_loses_a_term():
     source = "def f(x):\n    y = x + 1\n    return 2 * y\n"
-    found = mutants.mutants_of("_rules", source)
+    found = mutants.mutants_of("_update_rules", source)
     labels = [name.split(" -> ")[1] for name in found]
     assert labels[1:4] == ["nan", "-1", "2"]
     assert len(labels) == 5
@@ -92,8 +92,12 @@ def test_all_that_counts_is_changed():
 
 
 def test_a_part_that_has_no_mutants_is_no_success(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["mutants.py", "_rules", "_rules.nothing"])
-    with pytest.raises(SystemExit, match=r"No mutant begins with _rules\.nothing"):
+    monkeypatch.setattr(
+        "sys.argv", ["mutants.py", "_update_rules", "_update_rules.nothing"]
+    )
+    with pytest.raises(
+        SystemExit, match=r"No mutant begins with _update_rules\.nothing"
+    ):
         mutants.main()
 
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _checks, _rules
+from .. import _checks, _update_rules
 from .._arrays.dtypes import wide, wide_dtype
 from .._arrays.noise import normal
 from .._arrays.sharding import in_type
 from .._arrays.trees import array_leaves, is_mask, like, mask_of
-from . import densities, validity
+from . import divergences, validity
 from .natural import NaturalParameters, PointMass, place, summable
 
 
@@ -246,7 +246,7 @@ class Posterior(NamedTuple):
         """
 
         def shift(mean, precision, noise):
-            perturbation = _rules.perturbation(noise, precision)
+            perturbation = _update_rules.perturbation(noise, precision)
             theta = jnp.add(*wide(mean, perturbation))
             return theta.astype(dtype or mean.dtype)
 
@@ -264,7 +264,7 @@ class Posterior(NamedTuple):
 
         def estimate(mean, precision, grad, theta):
             mean, grad, theta = (x.astype(precision.dtype) for x in (mean, grad, theta))
-            return _rules.hess_estimate(grad, theta - mean, precision)
+            return _update_rules.hess_estimate(grad, theta - mean, precision)
 
         return _map(estimate, self, grad, theta)
 
@@ -275,7 +275,7 @@ class Posterior(NamedTuple):
 
         def estimate(_, precision, grad, noise):
             grad = grad.astype(precision.dtype)
-            return _rules.hess_estimate_of_noise(grad, noise, precision)
+            return _update_rules.hess_estimate_of_noise(grad, noise, precision)
 
         return _map(estimate, self, grad, noise)
 
@@ -283,7 +283,7 @@ class Posterior(NamedTuple):
         r"""Return :math:`\hat g^2`, float32 or wider; None for a point mass."""
 
         def square(_, precision, grad):
-            return _rules.squared_gradient(grad.astype(precision.dtype))
+            return _update_rules.squared_gradient(grad.astype(precision.dtype))
 
         return _map(square, self, grad)
 
@@ -323,7 +323,7 @@ class Posterior(NamedTuple):
         self.validate()
 
         def log_density(mean, precision, x):
-            return densities.log_density(x, mean, precision)
+            return divergences.log_density(x, mean, precision)
 
         return _total(_map(log_density, self, theta))
 
@@ -335,7 +335,7 @@ class Posterior(NamedTuple):
         0.000000
         """
         self.validate()
-        return _total(_map(lambda _, p: densities.entropy(p), self))
+        return _total(_map(lambda _, p: divergences.entropy(p), self))
 
     def kl_divergence(self, prior: Posterior) -> jax.Array:
         r"""Kullback-Leibler divergence :math:`KL(q \| p)` to another Gaussian, in nats.
@@ -363,7 +363,7 @@ class Posterior(NamedTuple):
         wider_family = getattr(prior, "of_diagonal", None)
         if wider_family is not None:
             return wider_family(self).kl_divergence(prior)
-        divergence = densities.kl_divergence
+        divergence = divergences.kl_divergence
         return _total(_map(divergence, self, prior.mean, prior.precision))
 
     def validate(self, *, positive: bool = False) -> None:
@@ -395,7 +395,7 @@ def of_curvature(mean, hess, ess, weight_decay):
     """The Gaussian of line 8; `weight_decay` is a tree like `hess`."""
 
     def precision(h, delta):
-        return _rules.precision(h, ess.astype(h.dtype), delta)
+        return _update_rules.precision(h, ess.astype(h.dtype), delta)
 
     return Posterior(mean, jax.tree.map(precision, hess, weight_decay))
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _checks, _rules
+from .. import _checks, _update_rules
 from .._arrays.trees import mask_of
 from .._distributions.basis import into, is_basis, out_of
 from .._distributions.gaussian import Posterior
@@ -308,7 +308,7 @@ def _turned(state, bases):
     inner = inner._replace(prior=inner.prior._replace(precision=diagonal))
 
     def hess(h, before, after):
-        return _rules.in_range(h + (before - after), after)
+        return _update_rules.in_range(h + (before - after), after)
 
     h = jax.tree.map(hess, inner.hess, before, inner.weight_decays)
     return bases, inner._replace(hess=h)

@@ -156,5 +156,6 @@ def _one_owner(param, *owns):
         raise ValueError(
             f"`opt_state` must have one IVON state for each parameter, got "
             f"{sum(owns)} for a parameter of shape {jnp.shape(param)}. Keep them "
-            "apart with `optax.partition`."
+            "apart with `optax.partition`. A state of your own says which parameters "
+            "are its own by a tree like `params` in it: see CONTRIBUTING.md."
         )

@@ -239,11 +239,12 @@ def nodes(opt_state, method):
     return [x for x in jax.tree.leaves(opt_state, is_leaf=found) if found(x)]
 
 
-def find_states(opt_state: optax.OptState) -> list[IVONState]:
-    """Return every `IVONState` inside `opt_state`, however nested.
+def find_states(opt_state: optax.OptState) -> list[Any]:
+    """Return every state with a posterior inside `opt_state`, however nested.
 
     For monitoring: ``find_states(opt_state)[0].hess`` is `h`, a curvature per example.
-    States of other optimizers with a posterior are among them.
+    Those of `ivon` and `evon` are among them, and those of any other optimizer that has
+    the methods of `IVONState`.
 
     >>> import ivon_jax
     >>> tx = optax.chain(optax.clip_by_global_norm(1.0), ivon_jax.ivon(0.1, ess=1000))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _checks, _rules
+from .. import _checks, _update_rules
 from .._arrays.dtypes import wide_full_like
 from .._arrays.trees import like
 from .._distributions.gaussian import Posterior
@@ -22,7 +22,11 @@ WEIGHT_DECAY = 1e-4
 # With h up to 1e15 the precision ess (h + weight_decay), and its inverse, are finite
 # in float32.
 ESS_RANGE = (1e-15, 1e18)
-HESS_RANGE = (1e-15, _rules.LARGEST_HESS)
+HESS_RANGE = (1e-15, _update_rules.LARGEST_HESS)
+NEW_PRIOR = (
+    "The state keeps the prior, so a new one needs a new state: `tx.init(params)`."
+)
+NEW_CLIP = "Call `tx.init(params)`, or `state._replace(clip_radius=...)`."
 
 
 class _Step(NamedTuple):
@@ -249,9 +253,9 @@ def preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=None
 
     def update(grads, state, params=None, *, sample=None, hess=None, **extra_args):
         at_mean = extra_args.get("at_mean")  # of `sampled` alone
-        validity.same_kind_of_prior(prior, state)
+        validity.same_kind("prior", prior, state.prior, NEW_PRIOR)
         check_settings(state)
-        _check_clip(state, clip_radius)
+        validity.same_kind("clip_radius", clip_radius, state.clip_radius, NEW_CLIP)
         estimate = estimate_of(grads, state, params, sample, hess, at_mean)
         count = optax.safe_increment(state.count)
         state = state._replace(count=count, **new_settings(state))
@@ -261,15 +265,15 @@ def preconditioner(ess, hess_init, b1, b2, weight_decay, prior, clip_radius=None
             values = (delta, mean, grad, hess_hat, count, b1, b2)
             delta, mean, grad, hess_hat, t, b1_, b2_ = _cast(h.dtype, *values)
             # A select of what goes in costs no memory, one of what comes out does.
-            usable = _rules.usable(h, hess_hat, b2_, delta)
+            usable = _update_rules.usable(h, hess_hat, b2_, delta)
             grad = jnp.where(usable, grad, jnp.nan)
-            g = _rules.next_momentum(g, grad, b1_)
+            g = _update_rules.next_momentum(g, grad, b1_)
             # Asked of the new g, not of `usable`: then whatever reads the old h comes
             # before the new one, and XLA writes it in place. It would copy h otherwise.
             hess_hat = jnp.where(jnp.isnan(g), h, hess_hat)
-            h = _rules.next_hess(h, hess_hat, b2_, delta)
-            g_bar = _rules.debiased(g, b1_, t)
-            return _Step(_rules.direction(g_bar, mean, h, delta), g, h)
+            h = _update_rules.next_hess(h, hess_hat, b2_, delta)
+            g_bar = _update_rules.debiased(g, b1_, t)
+            return _Step(_update_rules.direction(g_bar, mean, h, delta), g, h)
 
         trees = (state.momentum, state.weight_decays, distance, *estimate)
         steps = jax.tree.map(step, state.hess, *trees)
@@ -341,17 +345,6 @@ def check_prior(prior, weight_decay, default, kinds=(Posterior,)):
         raise ValueError(
             f"`weight_decay` must be left out where `prior` is given, got "
             f"{weight_decay}. To narrow the prior, use `prior.tempered(temperature)`."
-        )
-
-
-def _check_clip(state, clip_radius):
-    """Raise unless the state was made with this kind of clip."""
-    if (clip_radius is None) != (state.clip_radius is None):
-        made, now = ("without", "a") if state.clip_radius is None else ("with", "no")
-        raise ValueError(
-            f"`clip_radius` must be what the state was made with: it was made {made} "
-            f"one, and `ivon` now has {now} `clip_radius`. Call `tx.init(params)`, or "
-            "`state._replace(clip_radius=...)`."
         )
 
 

@@ -152,14 +152,13 @@ def _if_restored(state):
     )
 
 
-def same_kind_of_prior(prior, state):
-    """Raise unless the state and `ivon` both have a prior, or both have none."""
-    if (prior is None) != (state.prior is None):
-        made, now = ("without", "has") if state.prior is None else ("with", "has no")
+def same_kind(name, given, kept, remedy):
+    """Raise unless the state and `ivon` both have this option, or both have none."""
+    if (given is None) != (kept is None):
+        made, now = ("without", "has") if kept is None else ("with", "has no")
         raise ValueError(
-            f"`prior` must be what the state was made with: it was made {made} one, "
-            f"and `ivon` now {now} `prior=`. The state keeps the prior, so a new one "
-            "needs a new state: `tx.init(params)`."
+            f"`{name}` must be what the state was made with: it was made {made} one, "
+            f"and `ivon` now {now} `{name}=`. {remedy}"
         )
 
 

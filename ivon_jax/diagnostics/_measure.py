@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import _rules
+from .. import _update_rules
 from .._arrays import ranks
 from .._optimizer.state import check_settings
 
@@ -200,8 +200,8 @@ def clipped_share(groups):
     """The share of the last direction that was clipped."""
 
     def clipped(g, x):
-        momentum = _rules.debiased(x.momentum, g.b1, jnp.maximum(x.count, 1.0))
-        direction = _rules.direction(momentum, x.shift, x.hess, x.delta)
+        momentum = _update_rules.debiased(x.momentum, g.b1, jnp.maximum(x.count, 1.0))
+        direction = _update_rules.direction(momentum, x.shift, x.hess, x.delta)
         return jnp.abs(direction) > g.clip_radius
 
     arrays = [clipped(g, x) for g in groups for x in g.arrays]

@@ -1,4 +1,4 @@
-r"""Densities and divergences of Gaussians, one array at a time, in nats.
+r"""Divergences, entropies and densities of Gaussians, one array at a time, in nats.
 
 Means and precisions differ by many orders of magnitude, or hardly at all: in float32,
 a posterior may be :math:`10^{12}` times as narrow as its prior, or almost equal to it.
