@@ -1,30 +1,46 @@
 """A strict session: no implicit promotion, fixed seeds, double precision on demand."""
 
 import functools
+import gc
 import os
 
+import compilation
 import jax
 import numpy as np
 import pytest
 
+compilation.quicken()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Where tests run side by side, threads of factorisations wait for each other for ever.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Tracing makes many small objects, among which by default garbage is sought too often.
+gc.set_threshold(200_000, 20, 100)
 
 
 # Whole files: processes of their own, eight devices, whole runs, scripts.
 SLOW = {
     *("test_gpt2", "test_parallel", "test_resnet20", "test_resume", "test_studies"),
     *("test_benchmarks", "test_examples", "test_pages", "test_saving"),
+    *("test_linear_regression", "test_settings", "test_trainers", "test_tuning"),
 }
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what `make test-fast` leaves out."""
+    """Mark what `make test-fast` leaves out, and begin with it.
+
+    The files go to the cores in this order: a long one at the end would keep one alone.
+    """
+    items.sort(key=lambda item: item.path.stem not in SLOW)
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker("slow")
+
+
+def pytest_collection_finish():
+    """Leave what was imported alone: it stays."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc):
@@ -67,6 +83,15 @@ def release_programs():
     """Of all modules together, compiled programs would take gigabytes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """For whole runs, which take longer than to compile them."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

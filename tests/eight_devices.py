@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from compilation import AS_USERS_DO, MACHINE_CODE_TOO
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import ivon_jax
@@ -108,7 +109,7 @@ def widen(tree):
 
 
 def compiled(fn, *args):
-    return jax.jit(fn).lower(*args).compile()
+    return jax.jit(fn).lower(*args).compile(AS_USERS_DO)
 
 
 def collectives(executable):
@@ -357,7 +358,7 @@ def shared_sample():
 
 
 # What the compiler makes of loops of vectors rounds the last bit by the shard's shape.
-LOOPS = {"scalar": {"xla_backend_optimization_level": 0}, "vector": {}}
+LOOPS = {"scalar": {"xla_backend_optimization_level": 0}, "vector": MACHINE_CODE_TOO}
 
 
 def theta_on_meshes():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from compilation import AS_USERS_DO
 from eight_devices import (
     KINDS,
     PARAMS,
@@ -43,9 +44,9 @@ def facts(kind, begun, expected):
             lambda x, y: jax.device_put(x, y.sharding), begun[1], empty
         )
         key = jax.random.key(8)
-        program = jax.jit(step).lower(params, state, key).compile()
+        program = jax.jit(step).lower(params, state, key).compile(AS_USERS_DO)
         new_params, new_state, theta = program(params, state, key)
-        sample = jax.jit(ivon_jax.sample).lower(key, params, state).compile()
+        sample = jax.jit(ivon_jax.sample).lower(key, params, state).compile(AS_USERS_DO)
     hess = [s[0].hess for s in (new_state, expected[1])]
     shardings = [
         state[0].hess[name].sharding.is_equivalent_to(x.sharding, x.ndim)

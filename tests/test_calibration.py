@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import temp_bytes
 from scipy import special, stats
 from test_seam import Correlated
 
@@ -118,6 +119,7 @@ def test_one_chooses_among_temperatures_of_ones_own():
     chex.assert_trees_all_close(calibrated, q.tempered(2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_targets_with_a_density_need_no_labels(dtype):
     """y ~ N(theta, s^2): least where T sigma^2 + s^2 is the targets' variance.
@@ -247,7 +249,7 @@ def test_memory_grows_with_neither_samples_nor_temperatures():
                 temperatures=temperatures,
             )
         )
-        return run.lower(q).compile().memory_analysis().temp_size_in_bytes
+        return temp_bytes(run.lower(q))
 
     few = temporaries(2, 2)
     assert temporaries(1002, 2) - few < 1000 * 100 < 1000 * q.mean.nbytes

@@ -171,6 +171,7 @@ def is_sentence(text, name):
     return re.fullmatch(".*".join(map(re.escape, pieces)), text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "name"), MISTAKES.values(), ids=MISTAKES)
 def test_each_mistake_gets_its_sentence_and_no_other(step, name):
     [sentence] = check(step).advice
@@ -280,6 +281,7 @@ HEALTHY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(("step", "args"), HEALTHY.values(), ids=HEALTHY)
 def test_nothing_is_said_of_a_healthy_step(step, args):

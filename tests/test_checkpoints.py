@@ -90,6 +90,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_in_any_file_is_seen_or_changes_nothing(
     damage, original, tmp_path, capfd
@@ -262,6 +263,7 @@ def start(folder, failure):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["full disk", "file", "file, in Orbax"])
 def test_a_write_that_fails_ends_the_process_at_once(failure, tmp_path):
     """With one clear message; Orbax's threads alone would hold it for 300 seconds."""

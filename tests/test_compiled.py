@@ -117,6 +117,7 @@ USES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_every_use_of_a_function_compiles_once(use):
     """Of new functions on other data; and it is the result under jit."""

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from compilation import OPTIMIZED_PROCESS
 from flax import serialization
 from statistical import assert_mean, assert_moved
 
@@ -500,7 +501,7 @@ print(json.dumps(found))
 def facts_of_eight_devices():
     """From a process of its own, because this one has one device."""
     command = [sys.executable, "-W", "error", "-c", SHARDED_RUN]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = os.environ | OPTIMIZED_PROCESS | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -511,6 +512,7 @@ def facts(request):
     return facts_of_eight_devices()[request.param]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fact",
     [
@@ -526,16 +528,19 @@ def test_a_sharded_state_is_typed_and_placed_as_its_parameters(fact, facts):
     assert facts[fact]
 
 
+@pytest.mark.slow
 def test_theta_is_sharded_as_params_and_the_same_on_any_mesh(facts):
     """To rounding; it is about 1 with sigma 0.14."""
     assert facts["sample like params"]
     assert facts["difference"] < 1e-6
 
 
+@pytest.mark.slow
 def test_sample_and_update_on_shards_need_no_communication(facts):
     assert facts["collectives"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("facts", ["Auto", "Explicit"], indirect=True)
 def test_each_device_draws_the_noise_of_its_shard_alone(facts):
     """Its temporaries are smaller than the 256 x 512 floats, eight times its shard."""

@@ -657,6 +657,7 @@ def digits_run(key, b2, ess):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_good_run_on_digits_gets_no_advice(key):
     numbers = digits_run(key, jnp.float32(0.9997), 898.0)
@@ -664,6 +665,7 @@ def test_a_good_run_on_digits_gets_no_advice(key):
     assert diagnostics.advice(numbers) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     ("b2", "ess", "words"),

@@ -660,6 +660,7 @@ def test_ivon_does_not_recover_it():
     assert 0.9 < covariance_error(fitted(ivon_jax.ivon)) < 1.1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion", "implicit_ranks")
 def test_modules_of_nnx_train_as_their_arrays():
     """Optimizers of NNX keep the state in variables, also that of a second step."""

@@ -352,6 +352,7 @@ def test_entropy_and_density_do_not_cancel_where_they_are_nearly_zero(offset):
         np.testing.assert_allclose(value(q), expected, rtol=1e-5, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_sums_over_many_entries_and_arrays_are_those_of_float64():
     """Ten arrays with 1e7 entries; the same value everywhere, which rounds alike."""
     x = np.full(10**6, 0.1, np.float32)

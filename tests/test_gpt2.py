@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from compilation import AS_USERS_DO, QUICK_PROCESS
 from config import Config, parse_args
 from data import Tokens, load_data
 from flax import nnx
@@ -177,7 +178,9 @@ def buffers(optimizer, dtype):
             tokens = jax.ShapeDtypeStruct((4, 129), jnp.int32)
             key = jax.eval_shape(lambda: jax.random.key(0))
             args = params, jax.eval_shape(tx.init, params), tokens, key
-            compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+            compiled = (
+                jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile(AS_USERS_DO)
+            )
         used = compiled.memory_analysis()
         peak = used.argument_size_in_bytes + used.temp_size_in_bytes
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
@@ -253,7 +256,7 @@ def test_a_mesh_that_cannot_cut_the_network_is_named():
 
 def launch(folder, flags, *options):
     """The example in a process of its own, in `folder`."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = os.environ | QUICK_PROCESS | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, *options, SCRIPT, *shlex.split(flags)],
         cwd=folder,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilation import AS_USERS_DO
 from jax.sharding import AxisType, PartitionSpec as P
 from statistical import assert_at_most, assert_mean
 
@@ -51,6 +52,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_gradient_and_hessian_are_unbiased(options, key):
@@ -70,6 +72,7 @@ def test_value_is_the_loss_under_the_posterior(key):
     assert_mean(loss, loss_fn(PARAMS, BATCH) + 0.5 * jnp.sum(flat(DIAGONAL) * variance))
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 @pytest.mark.parametrize("count", [4, 12])
 @pytest.mark.parametrize("option", ["mc_samples", "microbatches"])
@@ -171,6 +174,7 @@ def test_aux_keeps_dtypes_averages_floats_and_keeps_the_last_of_others(key):
         assert aux["int"] == 1 + 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["mc_samples", "microbatches"])
 def test_memory_does_not_grow_with(option):
     """Temporaries of the compiled program; the keys alone may grow."""
@@ -183,7 +187,7 @@ def test_memory_does_not_grow_with(option):
             lambda theta, x: jnp.mean(jnp.sin(x @ theta)), **{option: count}
         )
         args = jax.random.key(0), params, tx.init(params), batch
-        return jax.jit(grad_fn).lower(*args).compile().memory_analysis()
+        return jax.jit(grad_fn).lower(*args).compile(AS_USERS_DO).memory_analysis()
 
     few, many = (temporaries(count).temp_size_in_bytes for count in (2, 64))
     assert many - few < params.nbytes
@@ -302,7 +306,7 @@ def test_noise_that_is_drawn_again_takes_no_memory():
         compute_dtype=jnp.bfloat16,
     )
     args = jax.random.key(0), params, ivon_jax.ivon(0.1, ess=20).init(params), x
-    memory = jax.jit(grad_fn).lower(*args).compile().memory_analysis()
+    memory = jax.jit(grad_fn).lower(*args).compile(AS_USERS_DO).memory_analysis()
     assert memory.temp_size_in_bytes < 0.6 * params.nbytes
 
 
@@ -400,7 +404,7 @@ def test_parameters_may_be_numbers(options, compute_dtype, key):
         if "axis_name" in options:
             mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
             specs = {"in_specs": P("data"), "out_specs": P()}
-            estimate_of = jax.shard_map(estimate_of, mesh=mesh, **specs)
+            estimate_of = jax.jit(jax.shard_map(estimate_of, mesh=mesh, **specs))
         return estimate_of(jnp.ones(4))
 
     arrays = jax.tree.map(jnp.asarray, numbers)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import temp_bytes
 
 from ivon_jax._arrays import loops
 
@@ -26,7 +27,7 @@ def test_few_terms_take_no_second_array():
         compiled = jax.jit(
             lambda xs: loops.scan_mean(lambda x: jnp.full(100_000, x), xs)
         )
-        return compiled.lower(xs).compile().memory_analysis().temp_size_in_bytes
+        return temp_bytes(compiled.lower(xs))
 
     few, most = temporaries(2), temporaries(loops.PLAIN_TERMS)
     assert most - few < 100_000

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilation import temp_bytes
 from statistical import assert_mean, assert_moved
 
 import ivon_jax
@@ -399,6 +400,7 @@ def test_fisher_stays_in_double_precision():
     assert {v.dtype for v in result.values()} == {jnp.dtype("float64")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remainder", [0, 1])
 def test_memory_of_the_fisher_does_not_grow_with_the_data(remainder):
     """But for an example's index, also where the last chunk is shorter."""
@@ -411,7 +413,7 @@ def test_memory_of_the_fisher_does_not_grow_with_the_data(remainder):
             )
         )
         shapes = weights, jax.ShapeDtypeStruct((size + remainder, 200), jnp.float32)
-        return run.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        return temp_bytes(run.lower(*shapes))
 
     few, many = temporaries(40), temporaries(400)
     assert many - few <= 8 * 360

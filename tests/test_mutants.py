@@ -32,6 +32,7 @@ print("SURVIVORS", mutants.survivors(pathlib.Path(sys.argv[1]), tests))
 """
 
 
+@pytest.mark.slow
 def test_a_planted_mutant_is_found_where_a_test_cannot_fail(tmp_path):
     """And killed where one can."""
     for name, text in {

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilation import temp_bytes
 from statistical import assert_mean
 
 import ivon_jax
@@ -187,7 +188,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(key):
                 num_samples=num_samples,
             )
 
-        return jax.jit(run).lower(key).compile().memory_analysis().temp_size_in_bytes
+        return temp_bytes(jax.jit(run).lower(key))
 
     assert temporaries(1002) - temporaries(2) < 1000 * 100 < 1000 * q.mean.nbytes
 

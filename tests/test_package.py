@@ -147,6 +147,7 @@ def test_the_table_of_versions_is_what_ci_runs():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_wheel_has_all_rooms_and_works_in_a_clean_environment(tmp_path):
     """The README runs there, without the checkout; jax and optax are on a path."""
     build = [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compilation import QUICK_PROCESS
 from statistical import assert_at_most, assert_mean
 
 FOLDER = Path(__file__).parent
@@ -19,7 +20,7 @@ ROUNDING = 1e-13  # of double precision, for sums of thousands of terms
 def run_on_eight_devices(script):
     """In a process of its own, because this one has one device."""
     command = [sys.executable, "-W", "error", FOLDER / script]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = os.environ | QUICK_PROCESS | {"JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
 

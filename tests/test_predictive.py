@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import temp_bytes
 from scipy import stats
 from statistical import assert_mean
 
@@ -62,7 +63,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(key):
 
     def temporaries(num_samples):
         run = jax.jit(lambda k: ivon_jax.predict(jnp.sin, q, k, num_samples))
-        return run.lower(key).compile().memory_analysis().temp_size_in_bytes
+        return temp_bytes(run.lower(key))
 
     few, many = temporaries(2), temporaries(1002)
     assert many - few < 1000 * 100 < 1000 * q.mean.nbytes
@@ -219,6 +220,7 @@ def test_a_point_has_no_epistemic_uncertainty(key, num_samples):
     np.testing.assert_allclose(result.total, result.aleatoric, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_memory_of_uncertainty_does_not_grow_with_the_number_of_samples():
     """Up to the keys, as that of `predict`."""
     key = jax.random.key(0)
@@ -228,7 +230,7 @@ def test_memory_of_uncertainty_does_not_grow_with_the_number_of_samples():
         run = jax.jit(
             lambda k: predictive.uncertainty(jax.nn.softmax, q, k, num_samples)
         )
-        return run.lower(key).compile().memory_analysis().temp_size_in_bytes
+        return temp_bytes(run.lower(key))
 
     few, many = temporaries(2), temporaries(1002)
     assert many - few < 1000 * 100 < 1000 * q.mean.nbytes
@@ -384,7 +386,7 @@ def test_no_jacobian_needs_memory():
 
     def temporaries(chunk_size):
         run = linearized.lower(matmul, q, x, chunk_size=chunk_size)
-        return run.compile().memory_analysis().temp_size_in_bytes
+        return temp_bytes(run)
 
     assert temporaries(1) < 3 * q.mean.nbytes
     assert temporaries(4) < 3 * 4 * q.mean.nbytes

@@ -332,6 +332,7 @@ MEMBERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("members", MEMBERS.values(), ids=MEMBERS)
 def test_a_mixture_may_have_such_members(members):

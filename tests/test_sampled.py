@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from compilation import AS_USERS_DO, OPTIMIZED_PROCESS
 from flax import serialization
 from sklearn.datasets import load_digits
 
@@ -173,6 +174,7 @@ def assert_is_the_plain_loop(pair, dtype):
     assert_close(precision, ivon_jax.posterior(*expected).precision, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @in_every_wrapper
 def test_a_trainers_loop_is_the_plain_loop(pair):
@@ -180,6 +182,7 @@ def test_a_trainers_loop_is_the_plain_loop(pair):
     assert_is_the_plain_loop(pair, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion", "x64")
 @in_every_wrapper
 def test_a_trainers_loop_is_the_plain_loop_in_double_precision(pair):
@@ -310,7 +313,7 @@ def test_steps_compile_once():
 
 def peak(step, *carry):
     """Bytes of the compiled, donating step: all that is alive at once."""
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*carry).compile()
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*carry).compile(AS_USERS_DO)
     stats = compiled.memory_analysis()
     return (
         stats.argument_size_in_bytes
@@ -680,6 +683,7 @@ def trained_on_digits(key, x, y, steps=480):
     return carry[0], ivon_jax.mean(*carry)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_mean_predicts_digits_better_than_the_trainers_own_parameters():
     """Of four seeds each: 0.132 for 0.163 nats, 3.1 % for 4.6 % errors."""
@@ -743,10 +747,11 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_on_shards_it_needs_no_communication():
     """As the plain step; the mean lies where its parameters do, on any mesh."""
     command = [sys.executable, "-W", "error", "-c", SHARDED_RUN]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = os.environ | OPTIMIZED_PROCESS | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     for kind, facts in json.loads(done.stdout).items():

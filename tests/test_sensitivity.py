@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilation import AS_USERS_DO, QUICK_PROCESS, temp_bytes
 from statistical import assert_at_most
 
 import ivon_jax
@@ -108,7 +109,7 @@ def test_all_together_cost_what_one_does():
         def one(q, x, y):
             return read(sensitivity.leave_one_out(network, q, x, y, chunk_size=13))
 
-        cost = jax.jit(one).lower(q, x, y).compile().cost_analysis()
+        cost = jax.jit(one).lower(q, x, y).compile(AS_USERS_DO).cost_analysis()
         return cost["flops"]
 
     assert flops(lambda found: found) < 1.3 * flops(lambda found: found.deviations)
@@ -341,9 +342,10 @@ def temporaries(n, diagonal, chunk_size=4):
         )
 
     x, y = jnp.ones((n, 100)), jnp.zeros(n, jnp.int32)
-    return jax.jit(run).lower(x, y).compile().memory_analysis().temp_size_in_bytes
+    return temp_bytes(jax.jit(run).lower(x, y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("remainder", [0, 1])
 def test_memory_does_not_grow_with_examples(diagonal, remainder):
@@ -364,7 +366,7 @@ def test_no_jacobian_needs_memory(diagonal):
 def run_on_eight_devices():
     """In a process of its own, because this one has one device."""
     command = [sys.executable, "-W", "error", SCRIPT]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = os.environ | QUICK_PROCESS | {"JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
 
@@ -374,6 +376,7 @@ def facts_of(name):
     return json.loads(done.stdout)[name]
 
 
+@pytest.mark.slow
 def test_examples_and_parameters_may_be_sharded():
     """Over eight devices, and over four times two."""
     differences = facts_of("differences")
@@ -381,6 +384,7 @@ def test_examples_and_parameters_may_be_sharded():
     assert_at_most(list(differences.values()), ROUNDING)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="cannot map over sharded examples there"
 )
@@ -388,6 +392,7 @@ def test_explicit_meshes_may_shard_members_classes_and_examples():
     assert_at_most(list(facts_of("explicit_differences").values()), ROUNDING)
 
 
+@pytest.mark.slow
 def test_each_device_of_a_shard_map_has_derivatives_of_its_own():
     """Not those of all examples, which `jax.shard_map` would sum without a word."""
     differences = facts_of("mapped_differences")
