@@ -41,6 +41,7 @@ myst_heading_anchors = 3
 # `name` in a docstring links to the page of that name, where there is one.
 default_role = "py:obj"
 autodoc_typehints = "none"
+napoleon_attr_annotations = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 

@@ -2,7 +2,7 @@
 
     python tests/browser.py FOLDER
 
-saves a screenshot of each of the site's guides, at both widths.
+saves a screenshot of each guide and tutorial of the site, at both widths.
 """
 
 import base64
@@ -116,7 +116,7 @@ def main(folder):
     folder = pathlib.Path(folder)
     folder.mkdir(exist_ok=True)
     with browser() as one:
-        for page in sorted(SITE.glob("*.html")):
+        for page in [*SITE.glob("*.html"), *SITE.glob("tutorials/*.html")]:
             for width in WIDTHS:
                 one.open(page.as_uri(), width)
                 one.save(folder / f"{page.stem}-{width}.png")

@@ -40,11 +40,11 @@ class IVONState(NamedTuple):
     weight_decay: jax.Array  #: (), default float dtype: delta
     momentum: optax.Updates  #: shapes of params, float32 or wider: g
     hess: optax.Updates  #: shapes of params, float32 or wider: h > -delta, per example
-    prior: Posterior | None  #: shapes of params, float32 or wider; None: weight_decay's
+    prior: Posterior | None  #: shapes of params: the prior, or None for weight_decay's
     b1: jax.Array | None = None  #: (), default float dtype, as the next three: beta_1
-    one_minus_b2: jax.Array | None = None  #: 1 - beta_2: float32 rounds beta_2 too much
+    one_minus_b2: jax.Array | None = None  #: 1 - beta_2; float32 rounds beta_2 too much
     hess_init: jax.Array | None = None  #: h_0
-    clip_radius: jax.Array | None = None  #: xi; None: no clip
+    clip_radius: jax.Array | None = None  #: xi, or None for no clip
 
     @property
     def weight_decays(self) -> optax.Params:
@@ -94,8 +94,10 @@ class EVONState(NamedTuple):
     # Of each array, in the order of the leaves: NNX takes apart what is in a variable.
     flat_bases: Any  #: a `Basis`: Q_L, Q_R
     flat_statistics: Any  #: a `Statistic`: L, R
-    own_prior: Posterior | None  #: of coordinates in the next; None: weight_decay's
-    flat_prior_bases: Any  #: a `Basis`; None as well
+    own_prior: (
+        Posterior | None
+    )  #: of coordinates in the next, or None for weight_decay's
+    flat_prior_bases: Any  #: a `Basis`, or None as well
 
     @property
     def bases(self) -> optax.Params:
