@@ -4,7 +4,7 @@ An ensemble of posteriors
 
 Five networks learn the digits from different first weights. Each ends with a Gaussian
 of its own, and together these are a mixture: Multi-IVON. You will see one program train
-all five, and what the mixture adds to a single posterior. It takes 20 seconds on two
+all five, and what the mixture adds to a single posterior. It takes 30 seconds on two
 CPU cores, draws ensemble.png, and prints the negative log-likelihood (NLL, in nats for
 each image; lower is better) of 899 images that are not for training::
 
@@ -29,7 +29,7 @@ BATCH_SIZE = 50
 LAYERS = (64, 128, 128, 10)
 MEMBERS, NUM_SAMPLES = 5, 60
 LEARNING_RATE, HESS_INIT, B2 = 1.0, 0.3, 0.9997
-ANGLES = range(0, 181, 30)
+ANGLES = range(0, 181, 15)
 
 # %%
 # The first half of the images is for training; the second was collected later, and
