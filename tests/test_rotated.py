@@ -138,6 +138,30 @@ def test_the_marginals_lose_the_total_correlation(q):
     np.testing.assert_allclose(q.total_correlation(), expected, rtol=1e-10)
 
 
+SPREADS = [1.01, 4.0, 1e6]  # of the precisions around the ratio
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("ratio", [1e-12, 1.001, 1e12])
+def test_no_ratio_of_precisions_cancels(ratio, spread):
+    """In float32, of bases that are orthogonal to its rounding, against float64."""
+    rng = np.random.default_rng(0)
+    bases = [np.linalg.qr(rng.normal(size=(40, n, n)))[0] for n in (5, 4)]
+    mean = np.float32(rng.normal(size=(40, 5, 4)))
+    exponents = rng.uniform(-0.5, 0.5, mean.shape)
+    precision = np.float32(ratio * spread**exponents)
+    q = RotatedPosterior(mean, precision, Basis(*map(jnp.float32, bases)))
+    terms = 1 / np.float64(precision)
+    left, right = (x**2 for x in bases)
+    variance = np.einsum("nij,njk,nlk->nil", left, terms, right)
+    correlation = np.sum(np.log(variance) - np.log(terms)) / 2
+    np.testing.assert_allclose(q.total_correlation(), correlation, rtol=1e-5)
+    shift = np.sum(np.float64(mean) ** 2)
+    expected = (np.sum(terms - 1 - np.log(terms)) + shift) / 2
+    prior = Posterior(jnp.zeros_like(mean), jnp.ones_like(mean))
+    np.testing.assert_allclose(q.kl_divergence(prior), expected, rtol=1e-5)
+
+
 def test_a_diagonal_one_loses_nothing(q):
     diagonal = RotatedPosterior.of_diagonal(q.marginals)
     assert diagonal.total_correlation() == 0.0

@@ -206,9 +206,12 @@ class RotatedPosterior(NamedTuple):
         >>> print(f"{q.total_correlation():.4f}")
         0.2088
         """
+        self.validate()
+        structure = jax.tree.structure(self.mean)
+        trees = map(structure.flatten_up_to, (self.precision, self.bases))
         terms = [
-            0.5 * jnp.sum(jnp.log(jnp.multiply(*wide(variance, precision))))
-            for variance, precision, basis in self._arrays(self.variance)
+            _total_correlation(precision, basis)
+            for precision, basis in zip(*trees, strict=True)
             if precision is not None and basis.turns
         ]
         return jnp.sum(jnp.stack(wide(*terms))) if terms else jnp.zeros([])
@@ -260,11 +263,25 @@ class RotatedPosterior(NamedTuple):
     def _in_bases(self, product, vector):
         return out_of(self.bases, product(into(self.bases, vector)))
 
-    def _arrays(self, tree):
-        """Yield each array's part of `tree`, its precision and its basis."""
-        structure = jax.tree.structure(self.mean)
-        trees = tree, self.precision, self.bases
-        return zip(*map(structure.flatten_up_to, trees), strict=True)
+
+def _total_correlation(precision, basis):
+    r"""Sum of :math:`(\log v - \log \sigma^2) / 2`, v the variances of the entries.
+
+    Where all are almost alike, both logarithms are those of small differences from one
+    number: the squares of an orthogonal matrix turn a constant into itself.
+    """
+    [precision] = wide(precision)
+    centre = jnp.exp(jnp.mean(jnp.log(precision)))
+    ratio, excess = centre / precision, (centre - precision) / precision
+    squares = basis.squared
+    after = _log(squares.out_of(ratio), squares.out_of(excess))
+    return 0.5 * jnp.sum(after - _log(ratio, excess))
+
+
+def _log(ratio, excess):
+    """``log(ratio)``, of its excess over one where that is small."""
+    near = jnp.abs(excess) < 0.5
+    return jnp.where(near, jnp.log1p(jnp.where(near, excess, 0.0)), jnp.log(ratio))
 
 
 def stacked_alike(posteriors):
