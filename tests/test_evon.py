@@ -514,6 +514,26 @@ def test_the_precision_stays_while_the_basis_turns_under_a_prior():
     assert_moved(q.bases["w"], begin.bases["w"])
 
 
+LABELS = {"w": "evon", "conv": "evon", "b": "sgd", "scale": "evon"}
+
+
+@pytest.mark.parametrize("labels", [None, LABELS], ids=["all", "some"])
+def test_optax_tells_parameters_from_bases(labels):
+    """`optax.tree.map_params` maps what is like params: to its sharding, say."""
+    tx = evon(prior=ivon_jax.posterior(PARAMS, TX.init(PARAMS)), weight_decay=1e-6)
+    if labels:
+        tx = optax.partition({"evon": tx, "sgd": optax.sgd(0.1)}, labels)
+    mapped = optax.tree.map_params(
+        tx, jnp.shape, tx.init(PARAMS), transform_non_params=lambda _: "other"
+    )
+    [state] = ivon_jax.find_states(mapped)
+    names = [k for k in PARAMS if not labels or labels[k] == "evon"]
+    for tree in (state.hess, state.momentum, *state.own_prior):
+        assert {k: tree[k] for k in names} == {k: PARAMS[k].shape for k in names}
+    flat = state.flat_bases, state.flat_statistics, state.flat_prior_bases
+    assert flat == ("other",) * 3
+
+
 def test_settings_may_be_injected_and_scheduled():
     make = optax.inject_hyperparams(ivon_jax.evon, hyperparam_dtype=jnp.float32)
     tx = make(

@@ -217,7 +217,9 @@ def owned(tree, params):
 def flat_like(tree, params):
     """What stands in `tree` for each array of `params`, one after the other."""
     leaves = jax.tree.structure(params).flatten_up_to(tree)
-    return tuple(leaves) or params  # such as optax's placeholder, which has none
+    # Optax's placeholder for parameters has none. Its tree would be one of parameters
+    # to `optax.tree.map_params`, a single array is none.
+    return tuple(leaves) or jnp.zeros(0)
 
 
 def _owned_bases(bases, params):
