@@ -1,7 +1,8 @@
 """Errors that many rooms raise: about numbers, keys, functions and distributions.
 
 A number that is a Python or NumPy number comes back as a Python float; one that is a
-JAX array comes back as it is, checked unless it is a tracer (``jit``, ``vmap``).
+JAX array comes back as a floating-point one, checked unless it is a tracer (``jit``,
+``vmap``).
 """
 
 import math
@@ -254,7 +255,10 @@ def scalar(name, value):
             "1. With `optax.inject_hyperparams`, use `hyperparam_dtype=jnp.float32`."
         )
     concrete = not isinstance(value, jax.core.Tracer) and value.is_fully_addressable
-    return value, _finite(name, value) if concrete else None
+    known_value = _finite(name, value) if concrete else None
+    if jnp.issubdtype(value.dtype, jnp.integer):  # whose sums might overflow
+        value = value.astype(float)
+    return value, known_value
 
 
 def _finite(name, value):

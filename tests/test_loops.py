@@ -19,6 +19,18 @@ def test_rounding_does_not_grow_with_the_number_of_terms(mean):
     np.testing.assert_allclose(found, terms[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("mean", [loops.scan_mean, loops.vmap_mean])
+def test_of_integers_booleans_and_keys_the_last_stays(mean):
+    keys = jax.random.split(jax.random.key(0), 3)
+    xs = {"step": jnp.arange(5, 8), "done": jnp.array([True, False, True]), "key": keys}
+    found = jax.jit(lambda xs: mean(lambda x: x, xs))(xs)
+    assert (found["step"], found["done"]) == (7, True)
+    assert jax.tree.map(jnp.shape, found) == dict.fromkeys(xs, ())
+    np.testing.assert_array_equal(
+        *map(jax.random.key_data, (found["key"], keys[-1])), strict=True
+    )
+
+
 def test_few_terms_take_no_second_array():
     """A plain sum is exact enough there, and microbatches are few."""
 

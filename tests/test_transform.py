@@ -494,6 +494,18 @@ def test_numbers_of_any_kind_give_the_same_step(kind):
     chex.assert_trees_all_close(*steps, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [int, np.int8, jnp.int8, jnp.int32])
+def test_integers_are_the_same_settings(kind):
+    """Those of few bits, too, where sums would overflow."""
+    names = {"ess": 100, "hess_init": 127, "weight_decay": 127, "b1": 0, "b2": 0}
+
+    def step(kind):
+        tx = ivon_jax.ivon(kind(1), **{name: kind(x) for name, x in names.items()})
+        return tx.update(GRADS, tx.init(PARAMS), PARAMS, hess=GRADS)
+
+    chex.assert_trees_all_close(step(kind), step(float), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", NUMBERS)
 def test_an_array_is_not_a_scalar(name):
     message = f"`{name}` must be a real scalar, got an array of shape (2,)"
@@ -657,3 +669,13 @@ def test_settings_may_be_numbers_of_numpy(kind):
     """Of few bits, too, where the default is float64: nothing overflows."""
     [state] = ivon_jax.find_states(ivon_jax.ivon(0.1, ess=kind(3)).init(PARAMS))
     assert state.ess == 3.0
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_state_of_float32_stays_so_under_x64():
+    """As one of an older checkpoint, with a setting in double precision."""
+    params = {"w": jnp.ones(2, jnp.float32)}
+    tx = ivon_jax.ivon(0.1, ess=jnp.float64(100))
+    opt_state = optax.tree.cast(tx.init(params), jnp.float32)
+    _, new_state = tx.update(params, opt_state, params, hess=params)
+    assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, opt_state)
