@@ -89,6 +89,8 @@ EQUIVALENT = {  # name of a mutant: why no test can notice it
     "count > PLAIN_TERMS else None) -> -1": "zeros",
     "_distributions.mixture.Mixture.strata: first + jnp.arange(num_samples) -> "
     "(first) - (jnp.arange(num_samples))": "the other way round a circle",
+    "_distributions.rotated.RotatedPosterior.coordinates.zeros: return jnp.zeros_like("
+    "mean, dtype=wide_dtype(mean, precision)) -> -1": "zeros",
     "sensitivity._cross_entropy: outputs * jnp.where(valid, 1, jnp.nan) -> "
     "(outputs) / (jnp.where(valid, 1, jnp.nan))": "by one or by NaN",
 }

@@ -231,6 +231,8 @@ def test_what_is_fixed_is_a_point_mass(q):
         assert bool(still) is not random
         zero = np.all(fixed.variance[name] == 0)
         assert bool(zero) is not random
+        expected = 0 * q.mean[name] if random else q.mean[name]
+        np.testing.assert_array_equal(fixed.coordinates.mean[name], expected)
     assert fixed.covariance_times(q.mean)["conv"] is None
     kept = {k: v for k, v in q.mean.items() if FIXED[k]}
     part = RotatedPosterior(*({k: tree[k] for k in kept} for tree in q))

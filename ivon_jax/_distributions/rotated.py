@@ -72,7 +72,10 @@ class RotatedPosterior(NamedTuple):
 
     @property
     def coordinates(self) -> Posterior:
-        """The diagonal Gaussian over the coordinates of theta minus the mean."""
+        """The diagonal Gaussian over the coordinates of theta minus the mean.
+
+        A point mass stays one, at its mean.
+        """
 
         def zeros(mean, precision):
             if precision is None:
