@@ -40,8 +40,8 @@ TESTS = {  # for each module the files that must notice; its doctests come first
     "_arrays.ranks": ["pruning", "diagnostics"],
     "_distributions.basis": ["rotated"],
     "_distributions.divergences": ["gaussian", "posterior"],
-    "_distributions.gaussian": ["gaussian", "posterior", "prior"],
-    "_distributions.mixture": ["mixture"],
+    "_distributions.gaussian": ["gaussian", "posterior", "prior", "rotated"],
+    "_distributions.mixture": ["mixture", "rotated"],
     "_distributions.natural": ["gaussian"],
     "_distributions.rotated": ["rotated"],
     "_evaluation.jacobian": ["sensitivity", "predictive"],
@@ -53,7 +53,14 @@ TESTS = {  # for each module the files that must notice; its doctests come first
     "_optimizer.evon": ["evon"],
     "_optimizer.gradients": ["gradients", "contract", "parallel", "sampled"],
     "_distributions.parts": ["prior", "posterior", "flax", "evon"],
-    "_optimizer.state": ["posterior", "prior", "sampled", "transform", "diagnostics"],
+    "_optimizer.state": [
+        "posterior",
+        "prior",
+        "sampled",
+        "transform",
+        "evon",
+        "diagnostics",
+    ],
     "_optimizer.posterior": ["posterior", "prior", "sampled"],
     "_optimizer.transform": [
         "reference",
@@ -91,6 +98,9 @@ EQUIVALENT = {  # name of a mutant: why no test can notice it
     "(first) - (jnp.arange(num_samples))": "the other way round a circle",
     "_distributions.rotated.RotatedPosterior.coordinates.zeros: return jnp.zeros_like("
     "mean, dtype=wide_dtype(mean, precision)) -> -1": "zeros",
+    "_optimizer.eigenbasis.no_statistic: return Statistic(*(None if q is None else "
+    "jnp.zeros_like(q) for q in basis)) -> 2": "zeros",
+    "_optimizer.eigenbasis.next_statistic: return statistic -> 2": "it has no leaves",
     "sensitivity._cross_entropy: outputs * jnp.where(valid, 1, jnp.nan) -> "
     "(outputs) / (jnp.where(valid, 1, jnp.nan))": "by one or by NaN",
 }

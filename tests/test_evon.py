@@ -248,21 +248,23 @@ def test_which_sides_have_a_basis():
     }
 
 
-def test_stacked_layers_are_the_layers():
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_stacked_layers_are_the_layers(orthogonalize):
     """Of a scan over layers, each has a basis of its own; also the vectors' axis."""
     layers = {"w": (2, 4, 3), "b": (2, 3)}
     params = {
         k: jnp.asarray(RNG.normal(size=s), jnp.float32) for k, s in layers.items()
     }
     params |= {"head": PARAMS["w"]}
-    tx = evon(stacked={"w": True, "b": True, "head": False}, basis_every=2)
+    options = {"basis_every": 2, "orthogonalize": orthogonalize}
+    tx = evon(stacked={"w": True, "b": True, "head": False}, **options)
     grads = [jax.tree.map(lambda p, i=i: jnp.cos(i + p), params) for i in range(4)]
     hess = jax.tree.map(lambda p: 1.0 + p**2, params)
     result, state = steps_with(tx, params, grads, hess)
     for i in range(2):
         of_layer = lambda tree, i=i: {k: tree[k][i] for k in layers}  # noqa: E731
         alone, alone_state = steps_with(
-            evon(basis_every=2), of_layer(params), map(of_layer, grads), of_layer(hess)
+            evon(**options), of_layer(params), map(of_layer, grads), of_layer(hess)
         )
         chex.assert_trees_all_close(of_layer(result), alone, rtol=1e-5)
         of_layers = of_layer(jax.tree.map(lambda x: x, state[0].hess))
@@ -339,6 +341,18 @@ def test_orthogonalized_steps_have_singular_values_of_about_one():
     )
     for x in jax.tree.leaves(zero):
         np.testing.assert_array_equal(x, 0.0)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e25])
+def test_orthogonalized_steps_do_not_know_the_scale_of_the_loss(factor):
+    """Nor is it lost in the squares of norms."""
+    tx = evon(orthogonalize=True, weight_decay=0.0)
+
+    def step(scale):
+        grads = jax.tree.map(lambda p: scale * jnp.cos(3 * p), PARAMS)
+        return tx.update(grads, tx.init(PARAMS), PARAMS, hess=PARAMS)[0]
+
+    chex.assert_trees_all_close(step(factor), step(1.0), atol=1e-4)
 
 
 def test_a_hessian_estimate_that_is_not_finite_is_not_clipped_away():
@@ -440,6 +454,15 @@ def test_bfloat16_parameters_have_float32_states():
     updates, after = TX.update(theta, opt_state, params, sample=theta)
     assert dtypes((theta, updates)) == {"bfloat16"}
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, opt_state)
+    updates, _ = evon(hess_clip=2.0).update(theta, opt_state, params, hess=theta)
+    assert dtypes(updates) == {"bfloat16"}
+
+
+def test_the_state_holds_the_settings():
+    [state] = ivon_jax.find_states(evon(b1=0.5, hess_init=2.0).init(PARAMS))
+    found = state.count, state.ess, state.weight_decay, state.b1, state.hess_init
+    np.testing.assert_allclose(found, (0, 50.0, 1e-6, 0.5, 2.0), rtol=1e-6)
+    np.testing.assert_allclose(state.one_minus_b2, 0.1, rtol=1e-6)
 
 
 def dtypes(tree):
@@ -542,11 +565,13 @@ def test_settings_may_be_injected_and_scheduled():
         b2=0.9,
         hess_clip=lambda count: jnp.array([1.5, 2.0, 3.0])[count],
         basis_decay=0.8,
+        basis_every=2,
     )
     params, opt_state = compiled_train(tx, PARAMS, FEW_KEYS)
-    expected = PARAMS, evon(basis_decay=0.8).init(PARAMS)
+    options = {"basis_decay": 0.8, "basis_every": 2}
+    expected = PARAMS, evon(**options).init(PARAMS)
     for clip, key in zip((1.5, 2.0, 3.0), FEW_KEYS, strict=True):
-        expected = step(evon(basis_decay=0.8, hess_clip=clip), *expected, key)
+        expected = step(evon(**options, hess_clip=clip), *expected, key)
     chex.assert_trees_all_close(params, expected[0], rtol=1e-4)
     ours, theirs = opt_state.inner_state[0].hess, expected[1][0].hess
     chex.assert_trees_all_close(ours, theirs, rtol=1e-4)

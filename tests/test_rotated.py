@@ -338,6 +338,8 @@ def test_values_are_checked_as_those_of_a_diagonal_one(q):
             read(bad)
     with pytest.raises(ValueError, match="`temperature` must be positive"):
         q.tempered(0.0)
+    with pytest.raises(ValueError, match="`theta` must have the tree structure"):
+        q.log_prob({"w": q.mean["w"]})
 
 
 def test_a_point_mass_in_one_alone_is_told(q):
@@ -377,6 +379,8 @@ def test_a_mixture_may_have_such_members(members):
         k: (3, *s) for k, s in SHAPES.items()
     }
     last = mixture.member(jnp.array(1))
+    draws = last.sample(KEY), singles[1].sample(KEY)
+    np.testing.assert_allclose(*map(flat, draws), rtol=1e-10)
     np.testing.assert_allclose(last.log_prob(theta), np.log(densities[1]), rtol=1e-10)
 
 

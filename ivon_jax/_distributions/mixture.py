@@ -185,10 +185,10 @@ class Mixture(NamedTuple):
     def validate(self, *, positive: bool = False) -> None:
         """Raise unless all members are Gaussians; see `Posterior.validate`."""
         if self._is_stacked:  # all of them at once
-            return self.stacked.validate(positive=positive)
-        for index in range(self.num_members):
-            self.member(index).validate(positive=positive)
-        return None
+            self.stacked.validate(positive=positive)
+        else:
+            for index in range(self.num_members):
+                self.member(index).validate(positive=positive)
 
 
 def _stack(*arrays):

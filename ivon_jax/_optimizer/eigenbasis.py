@@ -69,7 +69,6 @@ def next_statistic(statistic, grad, b3):
     grad, _ = wide(grad, sides[0])
     grad = matrix_form(sharding.whole(grad), sides[0].ndim - 2)
     finite = jnp.isfinite(jnp.sum(grad**2, axis=(-1, -2), keepdims=True))
-    grad = jnp.where(finite, grad, jnp.zeros_like(grad))
 
     def average(x, factor):
         if x is None:
