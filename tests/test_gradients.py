@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compilation import AS_USERS_DO
+from compilation import AS_USERS_DO, temp_bytes
 from jax.sharding import AxisType, PartitionSpec as P
 from statistical import assert_at_most, assert_mean
 
@@ -193,6 +193,22 @@ def test_memory_does_not_grow_with(option):
     assert many - few < params.nbytes
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("option", ["mc_samples", "microbatches"])
+def test_a_loop_over_draws_keeps_sums_and_one_draw(option, dtype):
+    """The sums are the outputs. Of a draw there are theta and one array of float32."""
+    params, width = jnp.ones((512, 512)), jnp.dtype(dtype).itemsize
+    tx = ivon_jax.ivon(0.1, ess=20)
+    grad_fn = ivon_jax.value_and_grad(
+        lambda theta, x: jnp.mean(jnp.sin(x @ theta).astype(jnp.float32)),
+        compute_dtype=dtype,
+        **{option: 4},
+    )
+    batch = jnp.ones((8, 512), dtype)
+    args = jax.random.key(0), params, tx.init(params), batch
+    assert temp_bytes(jax.jit(grad_fn).lower(*args)) < 1.05 * params.size * (4 + width)
+
+
 def test_the_clip_acts_before_the_product(key):
     """ĝ is cut to norm 1e-3, so ĥ is cut by the same factor, sample by sample."""
     clip = optax.clip_by_global_norm(1e-3)
@@ -307,7 +323,8 @@ def test_noise_that_is_drawn_again_takes_no_memory():
     )
     args = jax.random.key(0), params, ivon_jax.ivon(0.1, ess=20).init(params), x
     memory = jax.jit(grad_fn).lower(*args).compile(AS_USERS_DO).memory_analysis()
-    assert memory.temp_size_in_bytes < 0.6 * params.nbytes
+    kept = 0.6 if jax.__version_info__ >= (0, 10) else 1.1  # XLA kept more before
+    assert memory.temp_size_in_bytes < kept * params.nbytes
 
 
 def test_theta_of_the_second_draw_is_nan_only_where_the_loss_is(key):
@@ -341,8 +358,9 @@ def test_compute_dtype_must_be_a_float(value):
         ivon_jax.value_and_grad(loss_fn, compute_dtype=value)
 
 
-def test_hessian_estimates_are_summed_in_the_dtype_asked_for(key):
-    """Each summand is rounded to 2**-8 of itself; gradients are not."""
+@pytest.mark.parametrize("field", ["hess", "grad"])
+def test_estimates_are_summed_in_the_dtype_asked_for(field, key):
+    """Each summand is rounded to 2**-8 of itself; those of the other field are not."""
 
     def over_axis(**options):
         grad_fn = ivon_jax.value_and_grad(loss_fn, axis_name="data", **options)
@@ -350,23 +368,26 @@ def test_hessian_estimates_are_summed_in_the_dtype_asked_for(key):
         return jax.vmap(grad_fn, in_axes, axis_name="data")
 
     args = key, PARAMS, STATE, BATCH.reshape(4, 3, 5)
-    low = over_axis(hess_reduce_dtype=jnp.bfloat16)
+    low = over_axis(**{f"{field}_reduce_dtype": jnp.bfloat16})
     _, exact = over_axis()(*args)
     _, result = low(*args)
-    chex.assert_trees_all_equal(result.grad, exact.grad)
-    scale = np.max([jnp.abs(x).max() for x in jax.tree.leaves(exact.hess)])
-    chex.assert_trees_all_close(result.hess, exact.hess, atol=20 * scale * 2.0**-8)
+    [other] = {"hess", "grad"} - {field}
+    chex.assert_trees_all_equal(getattr(result, other), getattr(exact, other))
+    rounded, whole = getattr(result, field), getattr(exact, field)
+    scale = np.max([jnp.abs(x).max() for x in jax.tree.leaves(whole)])
+    chex.assert_trees_all_close(rounded, whole, atol=20 * scale * 2.0**-8)
     assert any(
         bool((x != y).any())
-        for x, y in zip(*map(jax.tree.leaves, (result.hess, exact.hess)), strict=True)
+        for x, y in zip(*map(jax.tree.leaves, (rounded, whole)), strict=True)
     )
     assert {x.dtype for x in jax.tree.leaves(result)} == {jnp.dtype(jnp.float32)}
 
 
-def test_a_reduction_needs_an_axis():
-    message = "`hess_reduce_dtype` needs `axis_name`, the axis to reduce over."
+@pytest.mark.parametrize("name", ["hess_reduce_dtype", "grad_reduce_dtype"])
+def test_a_reduction_needs_an_axis(name):
+    message = f"`{name}` needs `axis_name`, the axis to reduce over."
     with pytest.raises(ValueError, match=re.escape(message)):
-        ivon_jax.value_and_grad(loss_fn, hess_reduce_dtype=jnp.bfloat16)
+        ivon_jax.value_and_grad(loss_fn, **{name: jnp.bfloat16})
 
 
 @pytest.mark.parametrize("options", [{"mc_samples": 2}, {"microbatches": 2}])

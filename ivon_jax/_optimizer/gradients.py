@@ -34,6 +34,7 @@ def value_and_grad(
     ] = "reparameterization",
     compute_dtype: jax.typing.DTypeLike | None = None,
     hess_reduce_dtype: jax.typing.DTypeLike | None = None,
+    grad_reduce_dtype: jax.typing.DTypeLike | None = None,
     vectorize: bool = False,
 ) -> Callable[..., tuple[Any, Estimate]]:
     r"""Estimate value, gradient and Hessian diagonal of a loss over the posterior.
@@ -102,6 +103,9 @@ def value_and_grad(
         times that of the gradient, not twice. On 8 devices `h` moves by up to 0.002 %
         with b2 = 0.99999, by 0.04 % with 0.999, far less than by its own noise
         (benchmarks/hessian_sync.py).
+      grad_reduce_dtype: the same for gradients. With ``compute_dtype=jnp.bfloat16`` and
+        both of these the sum over devices is no coarser than that of mixed-precision
+        AdamW, whose gradients are those of parameters in bfloat16.
       vectorize: evaluate the `mc_samples` side by side (`jax.vmap`) instead of one
         after the other: faster for small models, memory grows with S.
 
@@ -150,50 +154,53 @@ def value_and_grad(
     loss_fn = _with_aux(loss_fn, has_aux)
     if compute_dtype is not None:
         compute_dtype = _floating_dtype("compute_dtype", compute_dtype)
-    if hess_reduce_dtype is not None:
-        _floating_dtype("hess_reduce_dtype", hess_reduce_dtype)
-        _check_axis("hess_reduce_dtype", axis_name)
+    reduce_dtypes = {"hess": hess_reduce_dtype, "grad": grad_reduce_dtype}
+    for name, dtype in reduce_dtypes.items():
+        if dtype is not None:
+            _floating_dtype(f"{name}_reduce_dtype", dtype)
+            _check_axis(f"{name}_reduce_dtype", axis_name)
     one_draw = mc_samples == microbatches == 1 and axis_name is None
     one_draw = one_draw and hess_estimator != "gauss_newton"
     draw = functools.partial(
         _draw, loss_fn, grad_transform, hess_estimator, compute_dtype
     )
 
-    def over_samples(q, like, key, batch):
+    def over_samples(state, key, batch):
         if mc_samples == 1:
-            return draw(q, like, key, batch)
+            return draw(*state, key, batch)
         draws = jax.random.split(key, mc_samples), jnp.arange(mc_samples)
-        return mean(lambda x: draw(q, like, x[0], fold_in(batch, x[1])), draws)
+        return mean(lambda x: draw(*state, x[0], fold_in(batch, x[1])), draws)
 
-    def over_microbatches(q, like, key, batch):
+    def over_microbatches(state, key, batch):
         if microbatches == 1:
-            return over_samples(q, like, key, batch)
+            return over_samples(state, key, batch)
         slices, join = cut("microbatches", microbatches, batch)
         draws = jax.random.split(key, microbatches), slices
-        return scan_mean(lambda x: over_samples(q, like, x[0], join(x[1])), draws)
+        return scan_mean(lambda x: over_samples(state, x[0], join(x[1])), draws)
 
-    def average(q, like, key, batch):
+    def average(state, key, batch):
         if one_draw:  # no loop to compile
-            return over_microbatches(q, like, key, batch)
+            return over_microbatches(state, key, batch)
 
-        def run(q, key):
-            return over_microbatches(q, like, key, batch)  # its numbers stay numbers
+        def run(state, key):
+            return over_microbatches(state, key, batch)  # its numbers stay numbers
 
-        return compiled.call(run, q, key, of=loss_fn)
+        return compiled.call(run, state, key, of=loss_fn)
 
     def estimate(key, params, opt_state, *args, **kwargs):
         key, batch = _checks.random_key("key", key), (args, kwargs)
         if not one_draw:
             check_keys(batch)
-        q, like = posterior(params, opt_state), jax.tree.map(jnp.result_type, params)
+        state = params, opt_state
         if axis_name is None:
-            loss, aux, (grad, hess) = average(q, like, key, batch)
+            loss, aux, (grad, hess) = average(state, key, batch)
         else:
             index = _axis_index(axis_name)
             key, batch = jax.random.fold_in(key, index), fold_in(batch, index)
-            outputs = over_microbatches(_per_device(q, index), like, key, batch)
+            outputs = over_microbatches(_per_device(state, index), key, batch)
             loss, aux, (grad, hess) = outputs
-            loss, aux, grad = _mean_over_devices((loss, aux, grad), axis_name)
+            loss, aux = _mean_over_devices((loss, aux), axis_name)
+            grad = _mean_over_devices(grad, axis_name, grad_reduce_dtype)
             hess = _mean_over_devices(hess, axis_name, hess_reduce_dtype)
         result = Estimate(_with_zeros(grad, params), hess)
         return ((loss, aux) if has_aux else loss), result
@@ -213,11 +220,21 @@ def _with_aux(loss_fn, has_aux):
     return checked
 
 
-def _draw(loss_fn, grad_transform, hess_estimator, compute_dtype, q, like, key, batch):
+def _draw(
+    loss_fn,
+    grad_transform,
+    hess_estimator,
+    compute_dtype,
+    params,
+    opt_state,
+    key,
+    batch,
+):
     """Loss, aux and estimate at one sample of one batch; no gradient of integers."""
+    q = posterior(params, _at_each_draw(opt_state, key))
     theta = q.perturb(q.noise(key), compute_dtype)
     if compute_dtype is None:
-        theta = jax.tree.map(_in_dtype, theta, like)
+        theta = jax.tree.map(_in_dtype, theta, params)
     floating, join = _floating(theta)
 
     def loss_and_aux(floating):
@@ -237,8 +254,24 @@ def _draw(loss_fn, grad_transform, hess_estimator, compute_dtype, q, like, key, 
     return loss, aux, Estimate(grad, hess)
 
 
-def _in_dtype(x, dtype):
+def _at_each_draw(opt_state, key):
+    """`opt_state` with its numbers after `key`, and so the precision that they make.
+
+    The compiler would compute the precision once, before a loop over draws, and keep it
+    in memory as large as the parameters.
+    """
+
+    def after_key(x):
+        if jnp.ndim(x) or not _is_floating(x):
+            return x
+        return jax.lax.optimization_barrier((x, jax.random.clone(key)))[0]
+
+    return jax.tree.map(after_key, opt_state)
+
+
+def _in_dtype(x, param):
     """`x` in the dtype of its parameter: the mean of `sampled` may be wider."""
+    dtype = jnp.result_type(param)
     return x if jnp.result_type(x) == dtype else x.astype(dtype)
 
 
@@ -306,8 +339,8 @@ def _gauss_newton(q, loss_fn, theta, batch):
     return vmap_mean(of_example, slices)
 
 
-def _per_device(q, index):
-    """`q` with arrays typed as differing between devices, as theta does by its noise.
+def _per_device(state, index):
+    """`state` with arrays typed as differing between devices, as theta does by noise.
 
     `jax.shard_map` sums gradients over the devices where the parameter is the same on
     all.
@@ -317,7 +350,7 @@ def _per_device(q, index):
         dtype = jnp.result_type(x)
         return x + jnp.zeros_like(index, dtype) if _is_floating(x) else x
 
-    return jax.tree.map(vary, q)
+    return jax.tree.map(vary, state)
 
 
 def _mean_over_devices(tree, axis_name, dtype=None):
