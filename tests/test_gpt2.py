@@ -370,6 +370,25 @@ def test_a_lost_process_ends_the_other_and_nothing_saved_is_lost(lost, eight, tm
         assert_same(tmp_path, eight)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_told_to_end_it_saves_and_goes_on_elsewhere(processes, tmp_path):
+    """SIGTERM, to one process of all, in the middle of a run."""
+    flags = "--steps 300 --eval_every 300 --checkpoint_every 100"
+    running = [start(tmp_path, flags)] if processes == 1 else start_two(tmp_path, flags)
+    folder = tmp_path / "checkpoints" / "gpt2"
+    while not (folder / "100").exists():
+        assert running[-1].poll() is None, running[-1].communicate()
+        time.sleep(0.01)
+    running[-1].terminate()
+    told = [re.search(r"after step (\d+)", err) for _, err in finish(*running)]
+    [step] = {int(match[1]) for match in told}
+    assert 100 <= step < 300
+    assert (folder / str(step)).exists()
+    [(stdout, _)] = finish(start(tmp_path, f"{flags} --cpu_devices 2 --mesh fsdp=2"))
+    assert "| IVON@mean |" in stdout
+    assert (folder / "300").exists()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     damage, eight, tmp_path

@@ -33,6 +33,8 @@ WITH_PYTHON = [
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """As a reader pastes them, one after the other, under JAX's default promotion."""
+    if page.stem == "devices" and jax.__version_info__ < (0, 10):
+        pytest.skip("its CPU backend crashes where memory is the host's")
     monkeypatch.chdir(tmp_path)
     namespace = {}
     with jax.numpy_rank_promotion("allow"):

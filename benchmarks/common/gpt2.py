@@ -16,6 +16,7 @@ from model import (
     parameter_shardings as parameter_shardings,
 )
 from step import (
+    compiler_options as compiler_options,
     create_optimizer as create_optimizer,
     create_train_step as create_train_step,
 )

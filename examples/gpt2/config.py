@@ -57,6 +57,7 @@ class Config:
     warmup: int = 2000  # steps, at most a tenth of them
     batch_size: int = 480  # sequences a step, over all devices
     microbatches: int = 24  # parts of the batch, one after the other; each has noise
+    mc_samples: int = 1  # of IVON for each part
     block: int = 1024  # tokens in a sequence
     dtype: str = "bfloat16"  # of the computation; parameters are float32
     remat: int = 0  # 1: keep the layers' inputs alone for the backward pass

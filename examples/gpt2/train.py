@@ -23,8 +23,9 @@ Many hosts: the same command on each. `--distributed auto` on TPU pods and under
 elsewhere `--distributed HOST:PORT --num_processes N --process_id I`, with host and port
 of process 0. If one is lost, the others stop within `--heartbeat_seconds` and say
 "another task died". Start all of them again: the same command goes on from the last
-checkpoint, on any number of devices and hosts. A damaged checkpoint is named and moved
-aside for the one before.
+checkpoint, on any number of devices and hosts. So it does after SIGTERM, by which Slurm
+and preempted TPUs end a run: it saves the step that it is at, and ends. A damaged
+checkpoint is named and moved aside for the one before.
 
 It prints the validation perplexity (of bytes, or of tokens) at the mean and averaged
 over posterior samples, and a text; draws both; and takes 3 minutes for the tiny network
@@ -47,7 +48,8 @@ from config import FREE, parse_args
 from data import Tokens, decode, load_data
 from matplotlib.figure import Figure
 from model import create_losses, create_mesh, create_network, write_text
-from step import create_optimizer, create_train_step
+from preemption import notice
+from step import compiler_options, create_optimizer, create_train_step
 from tqdm import tqdm
 
 import ivon_jax
@@ -64,32 +66,41 @@ def fit(config, mesh, state, loss_fn, tx, data, folder, key):
         create_train_step(loss_fn, tx, config, mesh),
         donate_argnums=(0, 1),
         out_shardings=(*shardings, None),  # shards stay where they are
+        compiler_options=compiler_options(jax.default_backend()),
     )
     mean_loss = jax.jit(loss_fn)
     tokens_per_step = config.batch_size * config.block
     begin, first = time.perf_counter(), start
-    for step in (progress := create_progress(start, config.steps)):
-        step_key = jax.random.fold_in(key, step)
-        *state, loss = train_step(*state, train.random(step), step_key)
-        folder.check()
-        done, last = step + 1, step + 1 == config.steps
-        if last or done % config.eval_every == 0:
-            loss = float(loss)  # waits for the device
-            seconds = time.perf_counter() - begin
-            rate = (done - first) * tokens_per_step / seconds
-            mean_fn = functools.partial(mean_loss, state[0])
-            entry = dict(
-                step=done,
-                tokens=done * tokens_per_step,
-                loss=loss,
-                perplexity=evaluate(mean_fn, validation, config),
-                tokens_per_second=rate,
-            )
-            log = [*log, entry]  # a new list: Orbax may be writing the last one
-            show(progress, entry)
-            begin, first = time.perf_counter(), done
-        if last or done % config.checkpoint_every == 0:
-            folder.save(done, tuple(state), log)
+    progress = create_progress(start, config.steps)
+    with notice() as told:
+        for step in progress:
+            step_key = jax.random.fold_in(key, step)
+            *state, loss = train_step(*state, train.random(step), step_key)
+            folder.check()
+            done, last = step + 1, step + 1 == config.steps
+            if last or done % config.eval_every == 0:
+                loss = float(loss)  # waits for the device
+                seconds = time.perf_counter() - begin
+                rate = (done - first) * tokens_per_step / seconds
+                mean_fn = functools.partial(mean_loss, state[0])
+                entry = dict(
+                    step=done,
+                    tokens=done * tokens_per_step,
+                    loss=loss,
+                    perplexity=evaluate(mean_fn, validation, config),
+                    tokens_per_second=rate,
+                )
+                log = [*log, entry]  # a new list: Orbax may be writing the last one
+                show(progress, entry)
+                begin, first = time.perf_counter(), done
+            end = told(done)
+            if last or end or done % config.checkpoint_every == 0:
+                folder.save(done, tuple(state), log)
+            if end and not last:
+                print(
+                    f"Told to end after step {done}, which is saved.", file=sys.stderr
+                )
+                sys.exit()
     return state, log
 
 
