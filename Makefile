@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart docs test test-fast mutants lint clients benchmark page
+.PHONY: quickstart docs test test-fast mutants lint clients accelerators benchmark page
 
 quickstart: .venv/examples.installed
 	$(BIN)/python examples/digits.py
@@ -39,6 +39,17 @@ clients: .venv-clients/installed
 	$(PYTHON) -m venv .venv-clients
 	@echo "Installing ivon-jax[clients] into .venv-clients: some minutes, once"
 	.venv-clients/bin/python -m pip install --quiet --editable ".[clients]"
+	@touch $@
+
+# Compiles GPT-2's step for TPU v5e and H100, without a chip: ten minutes, once 500 MB.
+# In a folder of its own, because there jax looks for chips.
+accelerators: .venv-accelerators/installed
+	JAX_PLATFORMS=cpu .venv-accelerators/bin/python -m pytest tests/test_accelerators.py
+
+.venv-accelerators/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-accelerators
+	@echo "Installing ivon-jax[accelerators] into .venv-accelerators: some minutes, once"
+	.venv-accelerators/bin/python -m pip install --quiet --editable ".[accelerators]"
 	@touch $@
 
 # DATA=folder has the data sets; ONLY="uci _mnist" measures these again.

@@ -4,11 +4,12 @@
 
 With a sample per replica the gradient and h_hat are all-reduced, twice what AdamW
 sends. The first table is of compiled programs whose optimizer state is cut over the
-replicas (ZeRO), in the units of scaling.py. In the others each way to send less trains
-the same quadratic, whose Hessian diagonal is one everywhere, on 8 simulated replicas
-with a mini-batch each; h starts at the truth, so that they show the noise (root mean
-square error) and bias of h after all steps. Averages at every k-th step are included
-with ``b2**k``; on the other steps ``hess=h`` leaves h as it is, bit for bit.
+replicas (ZeRO), read as common/programs.py says, in the parameters' bytes. In the
+others each way to send less trains the same quadratic, whose Hessian diagonal is one
+everywhere, on 8 simulated replicas with a mini-batch each; h starts at the truth, so
+that they show the noise (root mean square error) and bias of h after all steps.
+Averages at every k-th step are included with ``b2**k``; on the other steps ``hess=h``
+leaves h as it is, bit for bit.
 
 What to see: accumulated on each device, and averaged every 10th step, h is that of the
 exact rule but for some thousandths of its noise, for 1.1 times AdamW's traffic and one
@@ -27,8 +28,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-import scaling
-from common import flags, results, tables
+from common import flags, programs, results, tables
 from common.flags import Count, Positive, Results
 from jax.sharding import AxisType, PartitionSpec as P
 from tqdm import tqdm
@@ -287,15 +287,16 @@ def compile_program(step, tx, params_spec, state_spec, config):
     return jax.jit(mapped).lower(key, params, opt_state, params).compile(), params
 
 
-def programs(config):
+def traffic(config):
     """Yield what steps with a sharded optimizer state send, of compiled programs."""
     first = None
     for name, program in create_programs(config).items():
-        step = scaling.measure(*compile_program(*program, config), tokens=1)
+        compiled, params = compile_program(*program, config)
+        step, unit = programs.read(compiled), 4 * params.size
         first = first or step.ring
-        sent = [scaling.units(step.sent.get(k, 0), step) for k in scaling.COLLECTIVES]
-        row = tables.record({"step": name}, scaling.COLLECTIVES, sent)
-        row["ring"] = scaling.units(step.ring, step)
+        sent = [step.sent.get(kind, 0) / unit for kind in programs.COLLECTIVES]
+        row = tables.record({"step": name}, programs.COLLECTIVES, sent)
+        row["ring"] = step.ring / unit
         yield row | {"ring / first row": step.ring / first}
 
 
@@ -327,8 +328,8 @@ def main():
     config = flags.parse(Config, __doc__)
     jax.config.update("jax_num_cpu_devices", config.replicas)
     study = results.Study(config)
-    digits = dict.fromkeys((*scaling.COLLECTIVES, "ring", "ring / first row"), 3)
-    study.table("programs", programs(config), digits)
+    digits = dict.fromkeys((*programs.COLLECTIVES, "ring", "ring / first row"), 3)
+    study.table("programs", traffic(config), digits)
     count = len(DATA_NOISE) * len(SCHEMES) * len(DECAY_RATES)
     with tqdm(total=count) as progress:
         rows = [row for noise in DATA_NOISE for row in errors(noise, config, progress)]
