@@ -103,8 +103,9 @@ steps with one thing changed, and without noise where noise has no part in the q
   ``key_effect``: how far it is apart for two keys. ``sample_effect``: how far the
   gradient with noise is from that without. ``sample_error``: how far the gradient is
   from that at the sample that the optimizer was told, in units of the distance from
-  that at the mean: some 1e-5 where both are of one theta, 0.5 or more otherwise.
-  Noise is on a few entries there, a tenth of the weights' root mean square.
+  that at the mean: some 1e-5 where both are of one theta, up to 0.3 where there are
+  several, and more otherwise. Noise is on a few entries there, a tenth of the weights'
+  root mean square.
 * ``noise_in_params``: how far a step with next to no length moves the parameters, over
   the noise: 0, or 1 where theta took the mean's place.
 * ``reach``: :math:`T \|u\| / \|m\|`, u the longest step of a schedule, or T of them in

@@ -169,7 +169,7 @@ HEALTHY_STEP = (  # the same, of `check_step`
     ("sample_noise", 1e-4, math.inf, NO_NOISE),
     ("key_effect", 1e-4, math.inf, ONE_KEY),
     ("sample_effect", 1e-6, math.inf, AT_MEAN),
-    ("sample_error", 0.0, 0.25, OTHER_SAMPLE),
+    ("sample_error", 0.0, 0.3, OTHER_SAMPLE),
     ("noise_in_params", 0.0, 0.1, FROM_THETA),
     ("descent", -0.3, math.inf, UPHILL),
     ("reach", 0.01, math.inf, SLOW),

@@ -158,7 +158,7 @@ class _Probes:
         numbers["sample_effect"] = _distance(one.grad, at_mean)
         if size > ROUNDING:
             numbers["key_effect"] = _distance(noise[some], other.noise[some])
-        if size > 0.2 and numbers["sample_effect"] > ROUNDING:
+        if size > 0.4 and numbers["sample_effect"] > ROUNDING:
             there = self.silent(mean=mean + noise, rows=self.row).grad
             error = _norm(there - one.grad) / _norm(one.grad - at_mean)
             numbers["sample_error"] = float(error)
