@@ -7,9 +7,9 @@ see the two lines that change in a loop around `TrainState`, and the test images
 which the posterior is least sure. It takes 20 seconds on two CPU cores, draws
 linen.png, and prints, of 899 test images::
 
-    accuracy: 0.949
-    NLL of the mean: 0.358
-    NLL of 64 samples: 0.255
+    accuracy: 0.938
+    NLL of the mean: 0.439
+    NLL of 64 samples: 0.301
 """
 
 import jax

@@ -8,9 +8,9 @@ over two samples of the weights for each half of a batch, while the model, its d
 and `nnx.Optimizer` stay as they are. The script takes 20 seconds on two CPU cores,
 draws nnx.png, and prints, of 899 test images::
 
-    accuracy: 0.948
-    NLL of the mean: 0.258
-    NLL of 64 samples: 0.191
+    accuracy: 0.951
+    NLL of the mean: 0.252
+    NLL of 64 samples: 0.185
 """
 
 import jax

@@ -7,10 +7,15 @@ import pathlib
 import re
 import sys
 
-[page] = sys.argv[1:]
-namespace = {}
-for code in re.findall(
-    r"```python\n(.*?)```", pathlib.Path(page).read_text(), re.DOTALL
-):
-    exec(compile(code, page, "exec"), namespace)
-print(namespace["ivon_jax"].__file__, namespace["ivon_jax"].__version__)
+
+def main(page):
+    """Run all blocks, one after the other, and say which package they had."""
+    namespace = {}
+    text = pathlib.Path(page).read_text()
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(code, page, "exec"), namespace)
+    print(namespace["ivon_jax"].__file__, namespace["ivon_jax"].__version__)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -80,7 +80,7 @@ def test_equinox_users_learn_the_filter(name):
     params = Module(MODULE.weight, None)
     arguments = {"params": params, "sample": params} | {name: MODULE}
     message = (
-        f"got the function tanh at {name}.activation, where .* has None.\nOf an Eq"
+        f"got the function tanh at {name}.activation, where .* has None.\nFor an Eq"
     )
     with pytest.raises(ValueError, match=message) as e:
         TX.update(params, TX.init(params), **arguments)

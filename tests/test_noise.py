@@ -22,9 +22,9 @@ KNOWN_ANSWERS = (
 @pytest.fixture(scope="module")
 def whole_range():
     """The noise of all 2^24 bit patterns that tell, and its exact x."""
-    steps = np.arange(-(2**23), 2**23)
-    bits = (steps.astype(np.int32) << 8).view(np.uint32)
-    return np.asarray(jax.jit(quantile)(bits), np.float64), (steps + 0.5) / 2**23
+    bits = np.arange(2**24, dtype=np.uint32) << 8
+    x = (np.arange(-(2**23), 2**23) + 0.5) / 2**23
+    return np.asarray(jax.jit(quantile)(bits), np.float64), x
 
 
 def test_quantile_is_the_normal_one(whole_range):
@@ -90,6 +90,13 @@ def test_noise_has_its_shape_and_other_keys_other_noise(shape, key):
     assert noise.shape == shape
     assert noise.dtype == jnp.float32
     assert not np.any(np.asarray(noise) == np.asarray(other))
+
+
+def test_small_arrays_are_nearly_jax_random_normal(key):
+    """Of the same bits, but for the 24th of them and the polynomial's error."""
+    noise = normal(key, (100, 33), jnp.float32)
+    expected = jax.random.normal(key, (100, 33))
+    np.testing.assert_allclose(noise, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])

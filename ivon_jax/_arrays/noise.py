@@ -52,9 +52,13 @@ def normal(key, shape, dtype, out_sharding=None):
 
 
 def quantile(bits):
-    """The normal quantile of the upper 24 of 32 random bits."""
-    steps = jax.lax.bitcast_convert_type(bits, jnp.int32) >> 8
-    x = (steps.astype(jnp.float32) + 0.5) * 2.0**-23  # as many below zero as above
+    """The normal quantile of the upper 24 of 32 random bits, in their order.
+
+    That is the order of `jax.random.normal`: of the same bits it has the same numbers,
+    to its 23 bits and to the error here.
+    """
+    steps = jax.lax.bitcast_convert_type(bits >> np.uint32(8), jnp.int32)
+    x = (steps.astype(jnp.float32) - (2.0**23 - 0.5)) * 2.0**-23  # as many below zero
     w = -jnp.log((1.0 - x) * (1.0 + x))
     *coefficients, squared_slope = _SQUARED_SLOPE
     for coefficient in reversed(coefficients):
