@@ -210,8 +210,8 @@ class RotatedPosterior(NamedTuple):
         0.2088
         """
         self.validate()
-        structure = jax.tree.structure(self.mean)
-        trees = map(structure.flatten_up_to, (self.precision, self.bases))
+        flatten = jax.tree.structure(self.mean).flatten_up_to  # type: ignore[attr-defined]
+        trees = map(flatten, (self.precision, self.bases))
         terms = [
             _total_correlation(precision, basis)
             for precision, basis in zip(*trees, strict=True)
