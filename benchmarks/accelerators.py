@@ -1,7 +1,7 @@
 """GPT-2's and ResNet's training steps as the compilers of TPUs and GPUs see them.
 
     pip install -e ".[accelerators]"             # the compilers; no chip is needed
-    python benchmarks/accelerators.py            # about an hour on two CPU cores
+    python benchmarks/accelerators.py            # 40 min on two CPU cores
     python benchmarks/accelerators.py --only "v5e:2x2 small"    # rows with these words
 
 Nothing runs and no array is made: the step of examples/gpt2 (or of resnet20.py) is
@@ -14,9 +14,9 @@ them that begins and ends apart. "FLOP" is two for each product of a matrix
 multiplication or convolution, of the step before any compiler, on one device. "bytes"
 is what operations read and write, with the body of a loop counted once.
 
-What to see: with one sample for all replicas IVON has AdamW's memory in bfloat16, its
-traffic to the byte, and no more cycles. A sample per replica reduces h_hat, too.
-Micro-batches keep theta and a sum of h_hat.
+What to see: with one sample for all replicas, in bfloat16 and on a batch in one piece,
+IVON has AdamW's memory, and in data parallel its traffic to the byte. A sample per
+replica reduces h_hat, too. Micro-batches keep theta and a sum of h_hat.
 """
 
 import dataclasses
@@ -279,22 +279,19 @@ def is_jaxpr(value):
 
 def products(equation):
     """Return twice the products of one instruction."""
-    result = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
-    match equation.primitive.name:
-        case "dot_general":
-            (axes, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            return 2 * result * math.prod(shape[axis] for axis in axes)
-        case "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            out = equation.params["dimension_numbers"].rhs_spec[0]
-            return 2 * result * math.prod(kernel) // kernel[out]
-    return 0
+    if equation.primitive.name not in ("dot_general", "conv_general_dilated"):
+        return 0
+    left, right = (x.aval.shape for x in equation.invars)
+    dimensions = equation.params["dimension_numbers"]
+    if equation.primitive.name == "dot_general":
+        each = math.prod(left[axis] for axis in dimensions[0][0])
+    else:
+        each = math.prod(right) // right[dimensions.rhs_spec[0]]
+    return 2 * math.prod(equation.outvars[0].aval.shape) * each
 
 
-def measure(case, system, config):
-    """Return the record of one program."""
-    compiled, params, flop = compile_step(case, system, config)
+def numbers(case, compiled, params, flop):
+    """Return what a row says of one program."""
     program = programs.read(compiled)
     sent = sum(program.sent.values())
     cost, devices = compiled.cost_analysis() or {}, math.prod(case.sizes.values())
@@ -317,7 +314,7 @@ def compare(case, config, bar):
             bar.update()
             continue
         bar.set_postfix_str(f"{case.chip} {case.network} {system}")
-        found = measure(case, system, config)
+        found = numbers(case, *compile_step(case, system, config))
         first = first or found
         rows.append(record(case, system, found, first))
         bar.update()

@@ -14,8 +14,7 @@ What to see: with float32 IVON takes one buffer more, theta; with bfloat16 theta
 the place of the cast and the noise is drawn again rather than kept. The network casts
 its parameters layer by layer; "cast once" is AdamW with all of them cast at the start,
 as theta is, and the fair measure of IVON's time in bfloat16. Micro-batches
-(`--microbatches 2`) cost another buffer, the sum of h_hat, and on CPUs three or four
-that XLA moves out of their loop.
+(`--microbatches 2`) cost another buffer, the sum of h_hat, however many they are.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ import time
 import jax
 import jax.numpy as jnp
 import optax
-from common import flags, gpt2, results
+from common import flags, gpt2, programs, results
 from common.flags import Count, Results
 from flax import nnx
 from tqdm import tqdm
@@ -83,13 +82,6 @@ def cast_once(loss_fn, dtype):
     return loss
 
 
-def peak_memory(compiled):
-    """Return the peak memory in bytes."""
-    used = compiled.memory_analysis()
-    peak = used.argument_size_in_bytes + used.temp_size_in_bytes
-    return peak + used.output_size_in_bytes - used.alias_size_in_bytes
-
-
 def milliseconds(compiled, create, steps):
     """Return the median time of a step, after three to warm up."""
     params, opt_state, tokens, key = create()
@@ -107,7 +99,7 @@ def measure(size, dtype, optimizer, impl, cast, config):
     compiled, create = compile_step(size, dtype, optimizer, impl, cast, config)
     count = optax.tree.size(jax.eval_shape(create)[0])
     ms = milliseconds(compiled, create, config.steps) if config.steps else None
-    return count, peak_memory(compiled), ms
+    return count, programs.peak_memory(compiled), ms
 
 
 DIGITS = {"GiB": 3, "GiB / AdamW": 3, "buffers": 3, "more": 3, "ms": 1, "ms / AdamW": 3}

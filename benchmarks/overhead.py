@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import resnet20
-from common import flags, gpt2, results, tables
+from common import flags, gpt2, programs, results, tables
 from common.flags import Count, Results
 from flax import nnx
 from tqdm import tqdm
@@ -215,7 +215,7 @@ def compare(problem, optimizers, config, bar):
         step = training_step(problem, optimizer)
         step = compiled(step, *carry, *constants, donate=(0, 1))
         runs.append(repeated(step, carry, constants, config.steps))
-        used.append((buffers(step) / size, passes(step) / size))
+        used.append((programs.peak_memory(step) / 4 / size, passes(step) / size))
         bar.update()
     seconds = paired_seconds(runs, config.rounds)
     rows = []
@@ -242,13 +242,6 @@ def label(optimizer):
     if optimizer.mc_samples > 1:
         text += f", {optimizer.mc_samples} samples"
     return text if optimizer.key == "threefry2x32" else f"{text}, {optimizer.key}"
-
-
-def buffers(step):
-    """Peak memory in float32 numbers."""
-    used = step.memory_analysis()
-    peak = used.argument_size_in_bytes + used.temp_size_in_bytes
-    return (peak + used.output_size_in_bytes - used.alias_size_in_bytes) / 4
 
 
 def passes(step):

@@ -37,18 +37,16 @@ class Instruction:
 class Program:
     """What one device holds and does in one step."""
 
-    arguments: int  # bytes
     peak: int  # bytes: arguments, new outputs and temporaries
     sent: dict  # {kind of collective: bytes}
     ring: float  # bytes
     overlapped: int  # bytes of collectives that begin and end apart
-    collectives: int  # instructions
     cycles: int  # as the compiler estimates them; 0 if it doesn't
 
 
 def read(compiled):
     """Return the Program of what jax compiled."""
-    sent, overlapped, ring, collectives, cycles = collections.Counter(), 0, 0.0, 0, 0
+    sent, overlapped, ring, cycles = collections.Counter(), 0, 0.0, 0
     for times, instruction in executed(compiled.as_text()):
         if found := CYCLES.search(instruction.rest):
             cycles += times * int(found[1])
@@ -62,17 +60,29 @@ def read(compiled):
         sent[kind] += times * size
         overlapped += times * size * apart
         ring += times * sent_in_ring
-        collectives += 1
-    arguments, peak = memory(compiled)
-    return Program(arguments, peak, dict(sent), ring, overlapped, collectives, cycles)
+    return Program(peak_memory(compiled), dict(sent), ring, overlapped, cycles)
 
 
-def memory(compiled):
-    """Return the bytes of the arguments, and of all that is in memory at once."""
+def peak_memory(compiled):
+    """Return the bytes of arguments, new outputs and temporaries."""
     used = compiled.memory_analysis()
-    new = used.output_size_in_bytes - used.alias_size_in_bytes
-    arguments = used.argument_size_in_bytes
-    return arguments, arguments + new + used.temp_size_in_bytes
+    peak = used.argument_size_in_bytes + used.temp_size_in_bytes
+    return peak + used.output_size_in_bytes - used.alias_size_in_bytes
+
+
+def stored(text):
+    """Yield the instructions whose result is in memory: not those within a fusion."""
+    computations, _ = parse(text)
+    instructions = [i for body in computations.values() for i in body]
+    within = {
+        name
+        for i in instructions
+        if i.opcode == "fusion"
+        for name in CALLED.findall(i.rest)
+    }
+    for name, body in computations.items():
+        if name not in within:
+            yield from body
 
 
 def executed(text):

@@ -111,8 +111,8 @@ def compiler_options(platform):
     """Return what `jax.jit` should tell the compiler of a platform.
 
     Where one axis cuts the batch and the parameters, XLA for TPUs makes of each matrix
-    product a loop over the axis, of pieces too small for the chip: 2.5 times the cycles
-    for 773M on 64 chips. So it gathers the parameters of a layer instead.
+    product a loop over the axis, of pieces too small for the chip. So it gathers the
+    parameters of a layer instead.
     """
     options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
     return options if platform == "tpu" else None

@@ -4,11 +4,11 @@ The normal quantile of a uniform :math:`x \in (-1, 1)` is :math:`x \sqrt{Q(w)}` 
 :math:`w = -\log(1 - x^2)`. Q grows from :math:`\pi / 2` nearly as :math:`2 w`, so a
 polynomial of degree 8 has it to a relative 6.4e-5: noise is right to 3.2e-5 of itself,
 its variance to 1e-5. The erf_inv of `jax.random.normal` (Giles, 2011) has two such
-polynomials, and costs twice as much.
+polynomials and log1p.
 
-Threefry with 13 rounds is the shortest that passes BigCrush (Salmon et al.).
-jax has 20, and for CPUs compiles them as a loop over whole arrays, which takes four
-buffers of their size. Written out, they fuse with all that follows, down to theta.
+Threefry with 13 rounds is the shortest that passes BigCrush (Salmon et al.). jax has
+20, and for CPUs compiles them as a loop over whole arrays, which takes four buffers of
+their size. Written out, they fuse with all that follows, down to theta.
 
 References: Giles, Approximating the erfinv Function, GPU Computing Gems, 2011; Salmon
 et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.
@@ -58,7 +58,8 @@ def quantile(bits):
     to its 23 bits and to the error here.
     """
     steps = jax.lax.bitcast_convert_type(bits >> np.uint32(8), jnp.int32)
-    x = (steps.astype(jnp.float32) - (2.0**23 - 0.5)) * 2.0**-23  # as many below zero
+    # As many are below zero as above, and none is zero.
+    x = (steps.astype(jnp.float32) - (2.0**23 - 0.5)) * 2.0**-23
     w = -jnp.log((1.0 - x) * (1.0 + x))
     *coefficients, squared_slope = _SQUARED_SLOPE
     for coefficient in reversed(coefficients):

@@ -59,5 +59,10 @@ def _log_ratio(x, constant):
     """``log(x / constant)``, also where that is nearly zero."""
     high = x.dtype.type(constant)
     excess = ((x - high) - x.dtype.type(constant - float(high))) / high
+    return log_near_one(x / high, excess)
+
+
+def log_near_one(ratio, excess):
+    """``log(ratio)``, from its exact excess over one where that is small."""
     near = jnp.abs(excess) < 0.5
-    return jnp.where(near, jnp.log1p(jnp.where(near, excess, 0.0)), jnp.log(x / high))
+    return jnp.where(near, jnp.log1p(jnp.where(near, excess, 0.0)), jnp.log(ratio))

@@ -13,7 +13,7 @@ import optax
 from .. import _checks
 from .._arrays.dtypes import wide, wide_dtype
 from .._arrays.trees import like
-from . import validity
+from . import divergences, validity
 from .basis import Basis, into, is_basis, out_of, squared, without
 from .gaussian import Posterior, each
 
@@ -277,14 +277,8 @@ def _total_correlation(precision, basis):
     centre = jnp.exp(jnp.mean(jnp.log(precision)))
     ratio, excess = centre / precision, (centre - precision) / precision
     squares = basis.squared
-    after = _log(squares.out_of(ratio), squares.out_of(excess))
-    return 0.5 * jnp.sum(after - _log(ratio, excess))
-
-
-def _log(ratio, excess):
-    """``log(ratio)``, of its excess over one where that is small."""
-    near = jnp.abs(excess) < 0.5
-    return jnp.where(near, jnp.log1p(jnp.where(near, excess, 0.0)), jnp.log(ratio))
+    after = divergences.log_near_one(squares.out_of(ratio), squares.out_of(excess))
+    return 0.5 * jnp.sum(after - divergences.log_near_one(ratio, excess))
 
 
 def stacked_alike(posteriors):

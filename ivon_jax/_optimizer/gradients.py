@@ -167,9 +167,9 @@ def value_and_grad(
 
     def over_samples(state, key, batch):
         if mc_samples == 1:
-            return draw(*state, key, batch)
+            return draw(state, key, batch)
         draws = jax.random.split(key, mc_samples), jnp.arange(mc_samples)
-        return mean(lambda x: draw(*state, x[0], fold_in(batch, x[1])), draws)
+        return mean(lambda x: draw(state, x[0], fold_in(batch, x[1])), draws)
 
     def over_microbatches(state, key, batch):
         if microbatches == 1:
@@ -220,17 +220,9 @@ def _with_aux(loss_fn, has_aux):
     return checked
 
 
-def _draw(
-    loss_fn,
-    grad_transform,
-    hess_estimator,
-    compute_dtype,
-    params,
-    opt_state,
-    key,
-    batch,
-):
+def _draw(loss_fn, grad_transform, hess_estimator, compute_dtype, state, key, batch):
     """Loss, aux and estimate at one sample of one batch; no gradient of integers."""
+    params, opt_state = state
     q = posterior(params, _at_each_draw(opt_state, key))
     theta = q.perturb(q.noise(key), compute_dtype)
     if compute_dtype is None:

@@ -94,9 +94,7 @@ class EVONState(NamedTuple):
     # Of each array, in the order of the leaves: NNX takes apart what is in a variable.
     flat_bases: Any  #: a `Basis`: Q_L, Q_R
     flat_statistics: Any  #: a `Statistic`: L, R
-    own_prior: (
-        Posterior | None
-    )  #: of coordinates in the next, or None for weight_decay's
+    own_prior: Posterior | None  #: of coordinates in the next; None: weight_decay's
     flat_prior_bases: Any  #: a `Basis`, or None as well
 
     @property
