@@ -38,6 +38,7 @@ from jax.experimental import topologies
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
+from zoo.resnet import ResNet
 
 import ivon_jax
 
@@ -224,7 +225,7 @@ def resnet_step(case, system, mesh, config):
     """Return the step of a ResNet with filter response normalisation, on one device."""
     del mesh, config
     depth = int(case.network.removeprefix("resnet"))
-    model = nnx.eval_shape(lambda: resnet20.ResNet(depth, 16, 10, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: ResNet(depth, 16, 10, nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
     is_ivon = system != "AdamW"
     tx = ivon_jax.ivon(0.2, ess=50_000) if is_ivon else optax.adamw(1e-3)

@@ -4,12 +4,13 @@
     python benchmarks/cifar.py --depth 2 --width 2 --epochs 1 --pilot_epochs 1 \
         --num_samples 2 --batch_size 90 --systems IVON           # a look, on noise
 
-The network, the augmentation and the settings are resnet20.py's, the paper's,
-with batches of 200 instead of 50 and fewer epochs. Warm-up is the same share of the
-run, and 1 - b2 is 2 over the number of steps, so that as much of h_0 is left at the end
-as in the paper. All train on nine tenths of the training images. Each system first does
-so for `--pilot_epochs` with the paper's learning rate times 1, 2 and 4; the rate with
-the least NLL on the last tenth is that of the table, with other seeds.
+The network, the augmentation and the settings are resnet20.py's, the paper's, with
+batches of 200 instead of 50 and fewer epochs; `--network resnet18` takes another one of
+zoo/. Warm-up is the same share of the run, and 1 - b2 is 2 over the number of steps, so
+that as much of h_0 is left at the end as in the paper. All train on nine tenths of the
+training images. Each system first does so for `--pilot_epochs` with the paper's
+learning rate times 1, 2 and 4; the rate with the least NLL on the last tenth is that of
+the table, with other seeds.
 
 The members (learning rates or seeds) of a system are one program, in turns, as grouped
 convolutions are slow (`--vectorize 1`); all steps of an epoch are one scan. "frozen" is
@@ -27,17 +28,20 @@ import concurrent.futures
 import dataclasses
 import threading
 import time
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import resnet20
+import zoo
 from common import flags, results
 from common.flags import Count, Positive, Results
 from common.scores import over_seeds, scores
 from flax import nnx
 from tqdm import tqdm
+from zoo.resnet import ResNet
 
 import ivon_jax
 from ivon_jax.calibration import temperature_scaling
@@ -51,7 +55,14 @@ PUBLISHED = {  # accuracy and NLL after 200 epochs (Table 2)
 }
 FACTORS = (1.0, 2.0, 4.0)
 RESERVE = 90  # seconds for the predictions
+NETWORKS = "resnet20", "resnet18", "preresnet110", "densenet121", "alexnet"
 DIGITS = {"accuracy %": 2, "NLL": 4, "ECE": 4, "Brier": 4}
+
+
+def check_network(name):
+    """Reject what is no network for images of 32 pixels."""
+    if name not in NETWORKS:
+        raise ValueError(f"must be one of {', '.join(NETWORKS)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +76,8 @@ class Config:
     minutes: Positive = 60.0  # for everything
     warmup: float = 0.025  # share of the steps
     batch_size: Count = 200
-    depth: Count = 20
+    network: Annotated[str, check_network] = "resnet20"
+    depth: Count = 20  # of a ResNet-20
     width: Count = 16
     hess_init: Positive = 0.5
     weight_decay: float = 2e-4
@@ -73,6 +85,13 @@ class Config:
     vectorize: int = 0  # 0: one member after the other, in a loop
     eval_every: Count = 4  # epochs
     results: Results = "cifar.json"
+
+
+def create_network(config, rngs):
+    """Return a ResNet of this size, or another of the paper's networks."""
+    if config.network == "resnet20":
+        return ResNet(config.depth, config.width, 10, rngs)
+    return zoo.create(config.network, 10, rngs)
 
 
 def create_optimizer(system, schedule, b2, num_train, config):
@@ -123,7 +142,7 @@ class Study:
 
         def one(key):
             config = self.config
-            model = resnet20.ResNet(config.depth, config.width, 10, nnx.Rngs(key))
+            model = create_network(config, nnx.Rngs(key))
             params = nnx.state(model)
             tx = create_optimizer(self.system, lambda _: 0.0, 0.5, num_train, config)
             return params, tx.init(params)
@@ -269,7 +288,7 @@ def run(config, kept):
     cut = len(train_data[1]) // 10 * 9
     data = tuple(x[:cut] for x in train_data)
     validation = tuple(x[cut:] for x in train_data)
-    model = resnet20.ResNet(config.depth, config.width, 10, nnx.Rngs(0))
+    model = create_network(config, nnx.Rngs(0))
     studies = [Study(s, nnx.graphdef(model), config) for s in config.systems.split(",")]
 
     def pilot(study):

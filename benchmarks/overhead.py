@@ -31,6 +31,7 @@ from common import flags, gpt2, programs, results, tables
 from common.flags import Count, Results
 from flax import nnx
 from tqdm import tqdm
+from zoo.resnet import ResNet
 
 import ivon_jax
 
@@ -118,8 +119,8 @@ def gpt2_problem(size, batch_size, config):
 
 
 def resnet_problem(config):
-    """ResNet-20 with filter response normalisation of benchmarks/resnet20.py."""
-    model = resnet20.ResNet(20, 16, 10, nnx.Rngs(jax.random.key(0)))
+    """ResNet-20 with filter response normalisation of benchmarks/zoo."""
+    model = ResNet(20, 16, 10, nnx.Rngs(jax.random.key(0)))
     shape = config.resnet_batch_size, 32, 32, 3
     images = jax.random.bits(jax.random.key(1), shape, jnp.uint8)
     return classifier("resnet20", model, images)

@@ -40,6 +40,7 @@ from flax import nnx
 from PIL import Image
 from sklearn.datasets import fetch_openml
 from tqdm import tqdm
+from zoo.resnet import ResNet
 
 import ivon_jax
 import ivon_jax.flax
@@ -97,85 +98,6 @@ QUICK = dict(
     adamw_lr=0.01,
 )
 PRESETS = {"paper": {}, "quick": QUICK}  # flags override them
-
-
-def uniform_init(fan_in):
-    """Weights and biases from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default."""
-
-    def init(key, shape, dtype):
-        bound = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return {"kernel_init": init, "bias_init": init}
-
-
-class FilterResponseNorm(nnx.Module):
-    """Normalise each channel of each image alone; the threshold is the non-linearity.
-
-    Singh and Krishnan, Filter Response Normalization Layer, CVPR 2020. Unlike batch
-    normalisation it has no running statistics, which would belong to no one sample.
-    """
-
-    def __init__(self, features):
-        self.scale = nnx.Param(jnp.ones(features))
-        self.bias = nnx.Param(jnp.zeros(features))
-        self.threshold = nnx.Param(jnp.zeros(features))
-
-    def __call__(self, x):
-        """Map (N, height, width, features) to the same shape."""
-        mean_square = jnp.mean(x**2, axis=(1, 2), keepdims=True)
-        x = x * jax.lax.rsqrt(mean_square + 1e-6)
-        return jnp.maximum(self.scale[...] * x + self.bias[...], self.threshold[...])
-
-
-def conv_norm(in_features, features, size, stride, rngs):
-    """Return a convolution with bias, and its normalisation."""
-    init = uniform_init(fan_in=in_features * size**2)
-    shape = in_features, features, (size, size), stride
-    conv = nnx.Conv(*shape, padding="SAME", rngs=rngs, **init)
-    return nnx.Sequential(conv, FilterResponseNorm(features))
-
-
-class Block(nnx.Module):
-    """Two convolutions and a shortcut, with no activation after their sum."""
-
-    def __init__(self, in_features, features, stride, rngs):
-        self.first = conv_norm(in_features, features, 3, stride, rngs)
-        self.second = conv_norm(features, features, 3, 1, rngs)
-        projection = (in_features, features, 1, stride, rngs)
-        self.shortcut = conv_norm(*projection) if stride > 1 else None
-
-    def __call__(self, x):
-        """Map (N, height, width, in_features) to (N, height', width', features)."""
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return shortcut + self.second(self.first(x))
-
-
-class ResNet(nnx.Module):
-    """The ResNet for CIFAR of He et al. (2016), of depth 6n + 2."""
-
-    def __init__(self, depth, width, num_classes, rngs):
-        self.stem = conv_norm(3, width, 3, 1, rngs)
-        blocks, features = [], width
-        for stack, block in itertools.product(range(3), range((depth - 2) // 6)):
-            stride = 2 if stack > 0 and block == 0 else 1
-            blocks.append(Block(features, features * stride, stride, rngs))
-            features *= stride
-        self.blocks = nnx.Sequential(*blocks)
-        init = uniform_init(fan_in=features)
-        self.head = nnx.Linear(features, num_classes, rngs=rngs, **init)
-
-    def __call__(self, images):
-        """Map images, uint8 (N, 32, 32, 3), to logits, (N, num_classes)."""
-        x = self.blocks(self.stem(normalize(images)))
-        return self.head(x.mean(axis=(1, 2)))
-
-
-def normalize(images):
-    """Scale by the mean and the standard deviation of ImageNet's pixels."""
-    mean = jnp.array([0.485, 0.456, 0.406])
-    stddev = jnp.array([0.229, 0.224, 0.225])
-    return (images.astype(jnp.float32) / 255 - mean) / stddev
 
 
 def augment(key, images):

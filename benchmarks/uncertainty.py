@@ -33,6 +33,8 @@ from common.flags import Count, Results
 from flax import nnx
 from jax.scipy.special import entr
 from sklearn.datasets import load_digits, load_sample_images
+from zoo.layers import normalize
+from zoo.resnet import ResNet
 
 from ivon_jax import metrics
 
@@ -162,7 +164,7 @@ def resnet(depth, width):
     """Return ``init`` and ``features`` of resnet20's network; dropout after blocks."""
 
     def create(key):
-        model = resnet20.ResNet(depth, width, 10, rngs=nnx.Rngs(params=key))
+        model = ResNet(depth, width, 10, rngs=nnx.Rngs(params=key))
         return nnx.split(model, nnx.PathContains("head"), ...)
 
     graphdef, unused_head, _ = create(jax.random.key(0))
@@ -174,7 +176,7 @@ def resnet(depth, width):
 
     def features(params, images, drop):
         model = nnx.merge(graphdef, unused_head, params[0])
-        x = model.stem(resnet20.normalize(images))
+        x = model.stem(normalize(images))
         for block in model.blocks.layers:
             x = drop(block(x))
         return x.mean(axis=(1, 2))

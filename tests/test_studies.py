@@ -177,6 +177,7 @@ def test_a_file_that_cannot_be_written_is_refused(name, capsys, monkeypatch, tmp
     [
         ("resnet20 --depth 3", "--depth must be 2, 8, 14, 20"),
         ("resnet20 --epochs 5", "--warmup_epochs must be below --epochs 5, got 5."),
+        ("cifar --network gru", "--network must be one of resnet20, resnet18, "),
         ("mnist --dataset digits --batch_size 9999", "must be at most 1438"),
         ("leave_one_out_loss --num_train 1797", "`--num_train` must be below 1797"),
         ("leave_one_out_loss --batch_size 301", "must be at most 300"),
