@@ -42,6 +42,9 @@ def cell(value, digits=None):
         case {"median": median, "low": low, "high": high}:
             middle, *ends = (number(x, digits) for x in (median, low, high))
             return f"{middle} ({'-'.join(ends)})"
+        case {"difference": middle, "low": low, "high": high}:
+            middle, low, high = (number(x, digits) for x in (middle, low, high))
+            return f"{middle} ({low} to {high})"
         case _:
             return number(value, digits)
     return f"{number(mean, digits)} ± {number(error, digits)}"
@@ -52,7 +55,7 @@ def mean(value):
     match value:
         case list():
             return math.nan if None in value else statistics.fmean(value)
-        case {"mean": middle} | {"median": middle}:
+        case {"mean": middle} | {"median": middle} | {"difference": middle}:
             return middle
         case _:
             return value

@@ -19,6 +19,7 @@ from common.baselines.gaussians import (
     bbb as bbb,
     gaussian as gaussian,
     ivon as ivon,
+    ivon_optimizer as ivon_optimizer,
     vogn as vogn,
 )
 from common.baselines.points import (

@@ -105,16 +105,21 @@ def vogn(problem, learning_rate, hess_init, b1=0.9):
     return gaussian(problem, posterior, init, step)
 
 
-def ivon(problem, learning_rate, hess_init, mc_samples=1):
-    """Return IVON, with samples of its posterior."""
-    estimate = ivon_jax.value_and_grad(problem.mean_loss, mc_samples=mc_samples)
-    tx = ivon_jax.ivon(
+def ivon_optimizer(problem, learning_rate, hess_init):
+    """Return IVON as an optax transformation."""
+    return ivon_jax.ivon(
         problem.schedule(learning_rate),
         ess=problem.num_data,
         hess_init=hess_init,
         b2=problem.b2,
         weight_decay=problem.weight_decay,
     )
+
+
+def ivon(problem, learning_rate, hess_init, **options):
+    """Return IVON, with samples of its posterior; options of `value_and_grad`."""
+    estimate = ivon_jax.value_and_grad(problem.mean_loss, **options)
+    tx = ivon_optimizer(problem, learning_rate, hess_init)
 
     def step(key, state, x, y):
         params, opt_state = state
