@@ -2,7 +2,8 @@
 
     python benchmarks/resnet20.py                          # downloads CIFAR-10, once
     python benchmarks/resnet20.py --dataset cifar100       # or CIFAR-100
-    python benchmarks/resnet20.py --data cifar10_jpeg.npz  # or reads your own file
+    python benchmarks/resnet20.py --data cifar10_jpeg.npz  # or reads your own file,
+    python benchmarks/resnet20.py --data folder            # or common/hub.py's files
     python benchmarks/resnet20.py --preset quick           # 2 minutes of two CPU cores
 
 The defaults are the paper's: ResNet-20 (274,042 parameters) with filter response
@@ -32,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import datasets, flags, results
+from common import datasets, flags, hub, results
 from common.flags import Count, Fraction, Positive, Results, Seed, Text
 from common.gpt2 import checkpoint
 from common.scores import DIGITS, scores
@@ -67,7 +68,7 @@ class Config:
 
     optimizer: str = "ivon"
     dataset: str = "cifar10"
-    data: str = ""  # an npz file to read, or "synthetic": noise, to try the code
+    data: str = ""  # a file or folder to read, or "synthetic": noise, to try the code
     num_train: Count = 50_000  # at most
     num_test: Count = 10_000  # at most
     depth: Annotated[int, check_depth] = 20  # 6n + 2
@@ -279,6 +280,8 @@ def load_data(config):
     """Return (images, labels) to train on and to test on, shuffled, on the device."""
     if config.data == "synthetic":
         splits = synthetic(100), synthetic(20)
+    elif pathlib.Path(config.data).is_dir() and config.data:
+        splits = read_folder(config.dataset, config.data)
     else:
         num_classes = NUM_CLASSES[config.dataset]
         read = functools.partial(read_npz, config.data, num_classes)
@@ -310,6 +313,14 @@ def download(dataset):
     images = data.data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).astype(np.uint8)
     labels = data.target.astype(np.int32)
     return (images[:50_000], labels[:50_000]), (images[50_000:], labels[50_000:])
+
+
+def read_folder(dataset, path):
+    """Return both splits of a folder of Parquet files or of images."""
+    try:
+        return [split.arrays(size=32) for split in hub.load(dataset, path)]
+    except (ImportError, ValueError) as error:
+        sys.exit(f"`--data`: {error}")
 
 
 def read_npz(path, num_classes=10):

@@ -102,6 +102,28 @@ def test_wrong_file_says_what_it_should_be(arrays, message, tmp_path):
         resnet20.read_npz(str(path))
 
 
+def test_a_folder_is_read_by_the_name_of_its_data_set(tmp_path, monkeypatch):
+    """Images of another size are scaled; what does not fit ends with one line."""
+    arguments, images = [], Image.fromarray(np.full((40, 40, 3), 7, np.uint8))
+
+    class Split:
+        def arrays(self, size):
+            return resnet20.hub.decode(3 * [images], size), np.arange(3)
+
+    def load(*args):
+        arguments.append(args)
+        return 2 * [Split()]
+
+    monkeypatch.setattr(resnet20.hub, "load", load)
+    config = resnet20.Config(data=str(tmp_path), dataset="cifar100")
+    splits = [*resnet20.load_data(config)]
+    assert arguments == [("cifar100", str(tmp_path))]
+    assert [images.shape for images, _ in splits] == 2 * [(3, 32, 32, 3)]
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match=r"`--data`: .*datasets|cannot be read"):
+        [*resnet20.load_data(config)]
+
+
 def test_failed_download_says_what_to_do(monkeypatch):
     def fetch_openml(**_):
         raise OSError("no route")
