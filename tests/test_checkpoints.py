@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from checkpoint import Folder, identify
 from checksums import checksum
+from jax.experimental import multihost_utils
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -287,3 +288,11 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
     process.communicate()
     with Folder(tmp_path, {}) as folder:
         assert folder.restore({"w": jnp.zeros((300, 1000))})[2] == 1
+
+
+def test_orbax_does_not_ask_whether_the_run_is_told_to_end(tmp_path, monkeypatch):
+    """For a step that is past: JAX would agree on one that this process never sees."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    written(tmp_path)
+    assert not asked

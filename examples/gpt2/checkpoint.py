@@ -61,6 +61,19 @@ def identify(config, free, **data):
     return common | {name: describe(arrays) for name, arrays in data.items()}
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves the notice of the end to `preemption`.
+
+    Orbax would ask for it, too, from a thread and for a step that is past: JAX takes
+    that for where this process is, and the processes agree on a step that it never
+    comes to.
+    """
+
+    def reached_preemption(self, _step):
+        """Return False, without asking."""
+        return False
+
+
 class Folder:
     """The checkpoints of one run in one folder, and the lock that keeps others out."""
 
@@ -72,7 +85,7 @@ class Folder:
             self._unlock()
             sys.exit(f"Cannot write to `--checkpoint_dir` {self.path}: {reason}")
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
-        self.manager = ocp.CheckpointManager(self.path, options=options)
+        self.manager = _Manager(self.path, options=options)
 
     def __enter__(self):
         """Return itself."""

@@ -70,12 +70,14 @@ def fit(config, mesh, state, loss_fn, tx, data, folder, key):
     )
     mean_loss = jax.jit(loss_fn)
     tokens_per_step = config.batch_size * config.block
-    begin, first = time.perf_counter(), start
+    begin, first, loss = time.perf_counter(), start, None
     progress = create_progress(start, config.steps)
     with notice() as told:
         for step in progress:
             step_key = jax.random.fold_in(key, step)
+            before = loss
             *state, loss = train_step(*state, train.random(step), step_key)
+            jax.block_until_ready(before)  # one step ahead, for who is told to end
             folder.check()
             done, last = step + 1, step + 1 == config.steps
             if last or done % config.eval_every == 0:
