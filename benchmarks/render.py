@@ -4,16 +4,17 @@
 
 In page.md ``{result > table > row > column}`` is a number of results/result.json: the
 mean over seeds, or with ``±`` behind the column its standard error, too. A row is named
-by its labels, with semicolons between them. ``{result > table}``, alone on a line, is
-the table, ``{result > table > column; column}`` a part of it, ``{files}`` a list of all
-results with their commands.
+by its labels, with semicolons between them; ``row - row`` is a difference and its 95 %
+interval. ``{result > table}``, alone on a line, is the table, ``{result > table >
+column; column}`` a part of it. ``{files}`` is a list of all results and commands,
+``{claims}`` the table of verdicts, and ``{claims > holds}`` how many of them say so.
 """
 
 import pathlib
 import re
 
 import plots
-from common import results, tables
+from common import claims, results, tables
 
 FOLDER = pathlib.Path(__file__).parent
 REFERENCE = re.compile(r"\{([^{}]+)\}")
@@ -31,6 +32,12 @@ def page(found, template):
 def resolve(found, parts):
     """Return the text of a reference."""
     match parts:
+        case ["claims"]:
+            rows = list(claims.judged(found, claims.load()))
+            return tables.markdown({"digits": {}, "rows": rows}).rstrip()
+        case ["claims", verdict]:
+            rows = claims.judged(found, claims.load())
+            return str(sum(row["verdict"].startswith(verdict) for row in rows))
         case ["files"]:
             return tables.markdown({"digits": {}, "rows": list(files(found))}).rstrip()
         case [name, table]:
@@ -38,10 +45,19 @@ def resolve(found, parts):
         case [name, table, columns]:
             columns = [column.strip() for column in columns.split(";")]
             return tables.markdown(look_up(found, name, table), columns).rstrip()
+        case [name, table, row, column] if " - " in row:
+            table = look_up(found, name, table)
+            rows = (tables.find_row(table["rows"], part) for part in row.split(" - "))
+            pair, digits = (
+                [row[column] for row in rows],
+                tables.digits_of(column, table),
+            )
+            interval = claims.gain(*pair, "higher", claims.runs(found[name]), digits)
+            return claims.text(interval, digits)
         case [name, table, row, column]:
             table = look_up(found, name, table)
             whole, column = column.endswith("±"), column.rstrip("± ")
-            value = find_row(table["rows"], row.split(";"))[column]
+            value = tables.find_row(table["rows"], row)[column]
             value = value if whole else tables.mean(value)
             return tables.cell(value, tables.digits_of(column, table))
     raise ValueError(f"{{{' > '.join(parts)}}} is no reference.")
@@ -54,15 +70,6 @@ def look_up(found, name, table):
     if table not in found[name]["tables"]:
         raise KeyError(f"{name} has no {table!r}: {', '.join(found[name]['tables'])}.")
     return found[name]["tables"][table]
-
-
-def find_row(rows, labels):
-    """Return the one row that has all these labels."""
-    labels = {label.strip() for label in labels}
-    found = [row for row in rows if labels <= {tables.cell(v) for v in row.values()}]
-    if len(found) != 1:
-        raise KeyError(f"{len(found)} rows have the labels {sorted(labels)}.")
-    return found[0]
 
 
 def files(found):

@@ -23,6 +23,15 @@ def digits_of(column, table):
     return table["digits"].get(column, default)
 
 
+def find_row(rows, labels):
+    """Return the one row that has all these labels, with semicolons between them."""
+    labels = {label.strip() for label in labels.split(";")}
+    found = [row for row in rows if labels <= {cell(v) for v in row.values()}]
+    if len(found) != 1:
+        raise KeyError(f"{len(found)} rows have the labels {sorted(labels)}.")
+    return found[0]
+
+
 def record(labels, columns, values):
     """Return a record of labels and of a value for each column."""
     return labels | dict(zip(columns, values, strict=True))
