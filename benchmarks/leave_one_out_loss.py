@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import datasets, flags, networks, results, tables, training
+from common import baselines, datasets, flags, networks, results, tables, training
 from common.flags import Count, Fraction, Positive, Results, Seed
 
 import ivon_jax
@@ -65,13 +65,6 @@ def check_sizes(cfg, num_images):
     flags.check_batch_size(cfg.batch_size, cfg.num_train)
 
 
-def adamw_posterior(cfg, params, opt_state):
-    """The ad-hoc Gaussian of appendix C.5: variance 1 / (N (sqrt(v) + delta))."""
-    v, delta = optax.tree.get(opt_state, "nu"), cfg.adamw_damping
-    precision = jax.tree.map(lambda v: cfg.num_train * (jnp.sqrt(v) + delta), v)
-    return ivon_jax.Posterior(params, precision)
-
-
 def make_methods(cfg):
     """Each method's (tx, draw), and its posterior."""
     num_steps = cfg.epochs * (cfg.num_train // cfg.batch_size)
@@ -86,7 +79,9 @@ def make_methods(cfg):
         optax.cosine_decay_schedule(cfg.adamw_learning_rate, num_steps),
         weight_decay=cfg.adamw_weight_decay,
     )
-    adamw_q = functools.partial(adamw_posterior, cfg)
+    adamw_q = functools.partial(
+        baselines.adamw_posterior, num_data=cfg.num_train, damping=cfg.adamw_damping
+    )
     return {
         "IVON": (training.gaussian(ivon), ivon_jax.posterior),
         "AdamW": (training.point_mass(adamw), adamw_q),

@@ -13,10 +13,16 @@ All have the same prior, of mean zero and precision `Problem.prior_precision`, w
 is none. `trials` are settings to tune with.
 """
 
-from common.baselines.after_training import laplace as laplace, swag as swag
+from common.baselines.after_training import (
+    adamw_posterior as adamw_posterior,
+    laplace as laplace,
+    sgd_posterior as sgd_posterior,
+    swag as swag,
+)
 from common.baselines.gaussians import (
     at_mean as at_mean,
     bbb as bbb,
+    bsam as bsam,
     gaussian as gaussian,
     ivon as ivon,
     ivon_optimizer as ivon_optimizer,
@@ -34,6 +40,7 @@ from common.baselines.problem import (
     Problem as Problem,
     System as System,
     mlp as mlp,
+    stopped_early as stopped_early,
     trials as trials,
     with_prior as with_prior,
 )

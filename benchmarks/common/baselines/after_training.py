@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+import ivon_jax
 from common.baselines.points import heavy_ball, point, sgd
 from common.baselines.problem import System
 
@@ -91,3 +92,21 @@ def swag(problem, learning_rate, swa_ratio, rank=20, snapshots=40):
         return problem.apply(ravel_pytree(params)[1](weights), x)
 
     return System(init, step, outputs)
+
+
+def sgd_posterior(params, num_data, damping):
+    """Return the Gaussian of the paper's appendix C.5, of variance 1 / (N (1 + delta)).
+
+    It is made ad hoc: SGD has no estimate of the curvature.
+    """
+    return ivon_jax.Posterior.isotropic(params, num_data * (1 + damping))
+
+
+def adamw_posterior(params, opt_state, num_data, damping):
+    """Return appendix C.5's Gaussian of AdamW, of variance 1 / (N (sqrt(v) + delta)).
+
+    `v` is the second moment, an average of the squared gradients of batches.
+    """
+    second = optax.tree.get(opt_state, "nu")
+    precision = jax.tree.map(lambda v: num_data * (jnp.sqrt(v) + damping), second)
+    return ivon_jax.Posterior(params, precision)

@@ -105,6 +105,42 @@ def vogn(problem, learning_rate, hess_init, b1=0.9):
     return gaussian(problem, posterior, init, step)
 
 
+def bsam(problem, learning_rate, rho, damping, b1=0.9, b2=0.999):
+    """Return bSAM (Möllenhoff and Khan, 2023): SAM that learns a Gaussian's variance.
+
+    A step has two gradients: `g` is that of a sample, and the mean moves by the one at
+    ``mean + rho g / s``. The precision is ``num_data s``; `s` begins at one, as in the
+    paper, and falls to `damping` and the prior's share where there is no gradient.
+    """
+    schedule, delta = problem.schedule(learning_rate), problem.weight_decay
+    grad_fn = jax.grad(problem.mean_loss)
+
+    def posterior(state):
+        precision = jax.tree.map(lambda s: problem.num_data * s, state[2])
+        return ivon_jax.Posterior(state[0], precision)
+
+    def init(params):
+        zeros, ones = optax.tree.zeros_like(params), optax.tree.ones_like(params)
+        return params, zeros, ones, jnp.zeros([], jnp.int32)
+
+    def step(key, state, x, y):
+        mean, momentum, scale, count = state
+        grad = grad_fn(posterior(state).sample(key), x, y)
+        worse = jax.tree.map(lambda m, g, s: m + rho * g / s, mean, grad, scale)
+        there = jax.tree.map(lambda g, m: g + delta * m, grad_fn(worse, x, y), mean)
+        momentum = optax.tree.update_moment(there, momentum, b1, 1)
+
+        def next_scale(s, g):
+            return b2 * s + (1 - b2) * (jnp.sqrt(s) * jnp.abs(g) + delta + damping)
+
+        scale = jax.tree.map(next_scale, scale, grad)
+        alpha = schedule(count)
+        mean = jax.tree.map(lambda m, g, s: m - alpha * g / s, mean, momentum, scale)
+        return mean, momentum, scale, count + 1
+
+    return gaussian(problem, posterior, init, step)
+
+
 def ivon_optimizer(problem, learning_rate, hess_init):
     """Return IVON as an optax transformation."""
     return ivon_jax.ivon(

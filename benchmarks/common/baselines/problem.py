@@ -78,6 +78,31 @@ def with_prior(system):
     return with_precision
 
 
+def stopped_early(system):
+    """Make a hyperparameter of `system` of the share of its steps that it takes.
+
+    Its schedule is that of all steps, as where one goes back to an earlier epoch.
+    """
+
+    def with_share(problem, share, **setting):
+        base = system(problem, **setting)
+
+        def step(key, state, x, y):
+            old, count = state
+            goes_on, new = count < share * problem.num_steps, base.step(key, old, x, y)
+            new = jax.tree.map(lambda a, b: jnp.where(goes_on, a, b), new, old)
+            return new, count + 1
+
+        return System(
+            init=lambda params: (base.init(params), jnp.zeros([], jnp.int32)),
+            step=step,
+            outputs=lambda key, state, x: base.outputs(key, state[0], x),
+            finish=lambda state, x, y: (base.finish(state[0], x, y), state[1]),
+        )
+
+    return with_share
+
+
 def trials(ranges, count):
     """Return settings {name: (count,)}, a Sobol sequence in log(low) to log(high)."""
     low, high = np.log(list(ranges.values())).T
