@@ -52,7 +52,7 @@ def resolve(found, parts):
                 [row[column] for row in rows],
                 tables.digits_of(column, table),
             )
-            interval = claims.gain(*pair, "higher", claims.runs(found[name]), digits)
+            interval = claims.gain(*pair, claims.runs(found[name]), digits)
             return claims.text(interval, digits)
         case [name, table, row, column]:
             table = look_up(found, name, table)

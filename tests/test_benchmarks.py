@@ -34,6 +34,20 @@ README_SAYS = [
     "{gpt2_step_h200_small > step > IVON, threefry2x32 > ms} ms with IVON and "
     "{gpt2_step_h200_small > step > AdamW, cast once > ms} ms with AdamW",
 ]
+RESULTS_SAY = [
+    "digits (IVON {uncertainty_digits > in domain > IVON > NLL}, AdamW "
+    "{uncertainty_digits > in domain > AdamW > NLL})",
+    "network (IVON {recurrent > test > IVON > NLL}, AdamW "
+    "{recurrent > test > AdamW > NLL}, SGD {recurrent > test > SGD > NLL})",
+    "shifted digits (IVON {ablations_digits > shifted > 5; IVON > NLL}, SGD "
+    "{ablations_digits > shifted > 5; SGD > NLL})",
+    "on digits (Multi-IVON {uncertainty_digits > in domain > Multi-IVON > NLL}, "
+    "ensemble {uncertainty_digits > in domain > Deep ensemble > NLL})",
+    "on MNIST (Multi-IVON {uncertainty_mnist > in domain > Multi-IVON > NLL}, "
+    "ensemble {uncertainty_mnist > in domain > Deep ensemble > NLL})",
+    "(AUROC: IVON {unknown_classes > out of domain > IVON; entropy > AUROC}, AdamW "
+    "{unknown_classes > out of domain > AdamW; entropy > AUROC} %)",
+]
 NOT_RUN = {"cifar"}  # to its end, on the one GPU that was at hand
 
 
@@ -108,12 +122,20 @@ def test_the_readme_has_the_table_of_the_digits():
     assert tables.markdown(table, [*columns, "NLL", "ECE", "Brier"]) in readme
 
 
-def test_what_the_readme_says_is_what_the_data_render():
-    """Each figure of "What it brings" is in one of these sentences, or in the table."""
-    text = (ROOT / "README.md").read_text()
-    text = text.partition("## What it brings")[2].partition("## ")[0]
-    text = " ".join(line for line in text.splitlines() if not line.startswith("|"))
-    for sentence in README_SAYS:
+@pytest.mark.parametrize(
+    ("file", "heading", "sentences"),
+    [
+        ("README.md", "## What it brings", README_SAYS),
+        ("docs/results.md", "# Results", RESULTS_SAY),
+    ],
+)
+def test_what_a_page_says_is_what_the_data_render(file, heading, sentences):
+    """Each of its figures is in one of these sentences, or in a table."""
+    text = (ROOT / file).read_text().partition(f"{heading}\n")[2]
+    text = text.partition("\n## ")[0].partition("```")[0]
+    lines = text.replace("\n  ", " ").splitlines()
+    text = " ".join(line for line in lines if not line.startswith("|"))
+    for sentence in sentences:
         rendered = render.page(RESULTS, sentence)
         assert rendered in text
         text = text.replace(rendered, "")

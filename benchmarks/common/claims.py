@@ -4,6 +4,7 @@ claims.toml lists the claims, and for each what to compare: two cells of results
 gain is the difference of the two means, positive where it speaks for the claim, with a
 95 % interval:
 
+    a cell is a difference, with interval   that one: it covers test examples, too
     both cells have one value per seed      Student's t of the differences, seed by seed
     a mean and a standard error was kept    Student's t of the two errors together
 
@@ -23,6 +24,7 @@ from scipy import stats
 from common import tables
 
 FILE = pathlib.Path(__file__).parent.parent / "claims.toml"
+SIGN = {"lower": -1, "higher": 1}  # what is better
 HOLDS, FAILS, OPEN = "holds", "does not hold", "can't be told"
 
 
@@ -32,6 +34,11 @@ class Gain(NamedTuple):
     value: float
     low: float
     high: float
+
+    def __rmul__(self, sign):
+        """Return the same difference, or that of the other from ours."""
+        value, *ends = (sign * x for x in self)
+        return Gain(value, *sorted(ends))
 
 
 def load(path=FILE):
@@ -65,7 +72,7 @@ def judge(found, compared):
         said = below(ours, compared["limit"] * other)
     else:
         count = compared.get("seeds") or runs(found[result])
-        interval = gain(ours, other, compared["better"], count, digits)
+        interval = SIGN[compared["better"]] * gain(ours, other, count, digits)
         margin, gained = compared.get("margin", 0.0), text(interval, digits)
         said = verdict(interval, margin) + (f" within {margin}" if margin else "")
     return {
@@ -89,13 +96,14 @@ def text(interval, digits):
     return f"{value} ({low} to {high})"
 
 
-def gain(ours, other, better, count, digits=None):
+def gain(ours, other, count, digits=None):
     """Return the Gain of `ours` over `other`, each a list over seeds or mean and error.
 
-    `better` is "lower" or "higher". `count` runs are behind a mean and its error, which
-    are printed with so many `digits`.
+    `count` runs are behind a mean and its error, which are printed with so many
+    `digits`. Where `ours` is a difference already, it is the gain.
     """
-    sign = {"lower": -1.0, "higher": 1.0}[better]
+    if isinstance(ours, dict) and "difference" in ours:
+        return Gain(ours["difference"], ours["low"], ours["high"])
     if isinstance(ours, list) and isinstance(other, list):
         if None in ours + other:
             return Gain(math.nan, math.nan, math.nan)
@@ -110,8 +118,7 @@ def gain(ours, other, better, count, digits=None):
         error = math.hypot(error + rounding, its_error + rounding)
         bias = 2 * rounding
     half = float(stats.t.ppf(0.975, count - 1)) * error + bias
-    value = sign * difference
-    return Gain(value, value - half, value + half)
+    return Gain(difference, difference - half, difference + half)
 
 
 def verdict(gained, margin=0.0):
