@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .sharding import in_type
+
 ROUNDS = 13
 _ROTATIONS = 13, 15, 26, 6, 17, 29, 16, 24
 _PARITY = np.uint32(0x1BD11BDA)
@@ -36,6 +38,15 @@ _SQUARED_SLOPE = (
     1.63672801e-06,
     -2.3951671e-08,
 )
+
+
+def normal_like(key, x, dtype):
+    """Draw standard normal numbers in the shape of `x`; a device draws its own part.
+
+    On explicit meshes they have the sharding of `x`. Without, every device would draw
+    the noise of all.
+    """
+    return normal(key, x.shape, dtype, out_sharding=in_type(x))
 
 
 def normal(key, shape, dtype, out_sharding=None):

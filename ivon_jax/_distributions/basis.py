@@ -54,16 +54,21 @@ class Basis(NamedTuple):
 
 def into(bases, tree):
     """The coordinates of each array of `tree`; None stays None."""
-    return _each(bases, tree, lambda basis, x: basis.into(x))
+    return map_bases(_if_there(Basis.into), bases, tree)
 
 
 def out_of(bases, tree):
     """The arrays of these coordinates."""
-    return _each(bases, tree, lambda basis, x: basis.out_of(x))
+    return map_bases(_if_there(Basis.out_of), bases, tree)
+
+
+def map_bases(fn, bases, *trees):
+    """Map `fn` over the basis of each array, and its part of other trees."""
+    return jax.tree.map(fn, bases, *trees, is_leaf=is_basis)
 
 
 def squared(bases):
-    return jax.tree.map(lambda basis: basis.squared, bases, is_leaf=is_basis)
+    return map_bases(lambda basis: basis.squared, bases)
 
 
 def is_basis(node):
@@ -87,11 +92,8 @@ def matmul(a, b):
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _each(bases, tree, fn):
-    def leaf(basis, x):
-        return None if x is None else fn(basis, x)
-
-    return jax.tree.map(leaf, bases, tree, is_leaf=is_basis)
+def _if_there(fn):
+    return lambda basis, x: None if x is None else fn(basis, x)
 
 
 def _product(left, x, right):

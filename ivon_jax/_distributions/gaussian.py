@@ -11,8 +11,7 @@ import optax
 
 from .. import _checks, _update_rules
 from .._arrays.dtypes import wide, wide_dtype
-from .._arrays.noise import normal
-from .._arrays.sharding import in_type
+from .._arrays.noise import normal_like
 from .._arrays.trees import array_leaves, is_mask, like, mask_of
 from . import divergences, validity
 from .natural import NaturalParameters, PointMass, place, summable
@@ -231,9 +230,7 @@ class Posterior(NamedTuple):
             keys.append(leaf_key)
 
         def draw(mean, precision, leaf_key):
-            # Without its sharding every device would draw the noise of all.
-            sharding = in_type(mean)
-            return normal(leaf_key, mean.shape, precision.dtype, out_sharding=sharding)
+            return normal_like(leaf_key, mean, precision.dtype)
 
         return _map(draw, self, jax.tree.unflatten(structure, keys))
 

@@ -14,7 +14,7 @@ from .. import _checks
 from .._arrays.dtypes import wide, wide_dtype
 from .._arrays.trees import like
 from . import divergences, validity
-from .basis import Basis, into, is_basis, out_of, squared, without
+from .basis import Basis, into, map_bases, out_of, squared, without
 from .gaussian import Posterior, each
 
 
@@ -242,7 +242,7 @@ class RotatedPosterior(NamedTuple):
 
     def seen_from(self, bases: optax.Params) -> RotatedPosterior:
         """Return this distribution over the coordinates in other `bases`."""
-        own = jax.tree.map(Basis.seen_from, self.bases, bases, is_leaf=is_basis)
+        own = map_bases(Basis.seen_from, self.bases, bases)
         return RotatedPosterior(into(bases, self.mean), self.precision, own)
 
     @property
@@ -297,7 +297,7 @@ def _with_sides_of(others, bases):
     def fill(basis, *others):
         return Basis(*map(_identity_where_missing, basis, *others))
 
-    return jax.tree.map(fill, bases, *others, is_leaf=is_basis)
+    return map_bases(fill, bases, *others)
 
 
 def _identity_where_missing(q, *others):

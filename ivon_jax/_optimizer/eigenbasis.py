@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from .._arrays import sharding
 from .._arrays.dtypes import wide, wide_dtype
-from .._distributions.basis import Basis, matmul, matrix_form
+from .._distributions.basis import Basis, map_bases, matmul, matrix_form
 
 MAX_SIDE = 10_000
 MATRIX_AXES = 2, 4  # of a matrix, and of a convolution's kernel
@@ -90,6 +90,27 @@ def is_known(statistic):
 def begins(basis, before, after):
     """Say where the first gradient came just now; None without a basis."""
     return is_known(after) & ~is_known(before) if basis.turns else None
+
+
+def renewed(bases, before, after, due, stay, turned):
+    """Return ``turned(bases)`` of the bases that follow the statistics, or `stay`.
+
+    Eigenvectors where the first gradient came between the statistics `before` and
+    `after`; one power iteration of all where it is `due`; else nothing is calculated.
+    """
+    first = map_bases(begins, bases, before, after)
+    if not jax.tree.leaves(first):
+        return stay
+    any_first = jnp.any(jnp.stack([jnp.any(x) for x in jax.tree.leaves(first)]))
+
+    def follow():
+        return turned(map_bases(power_iteration, bases, after))
+
+    def begin():
+        return turned(map_bases(eigenvectors, bases, after, first))
+
+    branch = jnp.where(any_first, 2, due.astype(jnp.int32))
+    return jax.lax.switch(branch, [lambda: stay, follow, begin])
 
 
 def eigenvectors(basis, statistic, chosen):

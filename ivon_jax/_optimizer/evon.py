@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from .. import _checks, _update_rules
 from .._arrays.trees import mask_of
-from .._distributions.basis import into, is_basis, out_of
+from .._distributions.basis import into, map_bases, out_of
 from .._distributions.gaussian import Posterior
 from .._distributions.parts import over
 from .._distributions.rotated import RotatedPosterior
@@ -73,7 +75,7 @@ def scale_by_evon(
             return eigenbasis.identity(param, stacked, max_side)
 
         bases = jax.tree.map(identity, params, stacks(params))
-        statistics = jax.tree.map(eigenbasis.no_statistic, bases, is_leaf=is_basis)
+        statistics = map_bases(eigenbasis.no_statistic, bases)
         flat = [flat_like(tree, params) for tree in (bases, statistics)]
         if prior is None:
             return EVONState(state, *flat, None, None)
@@ -242,7 +244,7 @@ def _with_prior(state, params, coordinates):
         return x - jnp.where(nonzero, distance, jnp.zeros_like(pull))
 
     diagonal = state.ivon.prior.precision
-    means = _each(mean, state.bases, p.bases, p.mean, coordinates, pull, diagonal)
+    means = map_bases(mean, state.bases, p.bases, p.mean, coordinates, pull, diagonal)
     return state.ivon._replace(prior=Posterior(means, diagonal))
 
 
@@ -273,28 +275,18 @@ def _next_bases(state, grads, basis_every, b3):
     def average(_, statistic, grad):
         return eigenbasis.next_statistic(statistic, grad, b3)
 
-    statistics = _each(average, state.bases, state.statistics, grads)
-    begins = _each(eigenbasis.begins, state.bases, state.statistics, statistics)
-    state = state._replace(flat_statistics=flat_like(statistics, state.hess))
-    if not jax.tree.leaves(begins):
-        return state
-    any_begins = jnp.any(jnp.stack([jnp.any(x) for x in jax.tree.leaves(begins)]))
-
-    def stay():
-        return state.bases, state.ivon
-
-    def follow():
-        bases = _each(eigenbasis.power_iteration, state.bases, statistics)
-        return _turned(state, bases)
-
-    def begin():
-        bases = _each(eigenbasis.eigenvectors, state.bases, statistics, begins)
-        return _turned(state, bases)
-
-    due = state.count % jnp.asarray(basis_every, state.count.dtype) == 0
-    branch = jnp.where(any_begins, 2, due.astype(jnp.int32))
-    bases, inner = jax.lax.switch(branch, [stay, follow, begin])
-    return state._replace(flat_bases=flat_like(bases, state.hess), ivon=inner)
+    statistics = map_bases(average, state.bases, state.statistics, grads)
+    bases, inner = eigenbasis.renewed(
+        *(state.bases, state.statistics, statistics),
+        due=state.count % jnp.asarray(basis_every, state.count.dtype) == 0,
+        stay=(state.bases, state.ivon),
+        turned=functools.partial(_turned, state),
+    )
+    return state._replace(
+        flat_bases=flat_like(bases, state.hess),
+        flat_statistics=flat_like(statistics, state.hess),
+        ivon=inner,
+    )
 
 
 def _turned(state, bases):
@@ -312,11 +304,6 @@ def _turned(state, bases):
 
     h = jax.tree.map(hess, inner.hess, before, inner.weight_decays)
     return bases, inner._replace(hess=h)
-
-
-def _each(fn, bases, *trees):
-    """Map `fn` over the basis of each array, and its part of other trees."""
-    return jax.tree.map(fn, bases, *trees, is_leaf=is_basis)
 
 
 def _clip(factor):
