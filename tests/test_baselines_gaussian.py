@@ -232,7 +232,8 @@ def test_bsam_beside_a_transcript(linear, key):
         momentum = b1 * momentum + (1 - b1) * (there + delta * mean)
         drive = np.sqrt(scale) * np.abs(gradient) + delta + gamma
         scale = b2 * scale + (1 - b2) * drive
-        mean = mean - rate * cosine(t, 39) * momentum / scale
+        alpha = rate * (gamma + delta) * cosine(t, 39)
+        mean = mean - alpha * momentum / scale
         np.testing.assert_allclose(flat(state[0]), mean, rtol=1e-9)
         np.testing.assert_allclose(flat(state[2]), scale, rtol=1e-9)
 

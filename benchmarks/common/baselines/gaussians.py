@@ -110,9 +110,11 @@ def bsam(problem, learning_rate, rho, damping, b1=0.9, b2=0.999):
 
     A step has two gradients: `g` is that of a sample, and the mean moves by the one at
     ``mean + rho g / s``. The precision is ``num_data s``; `s` begins at one, as in the
-    paper, and falls to `damping` and the prior's share where there is no gradient.
+    paper, and falls to `damping` and the prior's share where there is no gradient. The
+    learning rate is scaled by these two, so that those of VOGN and IVON fit.
     """
-    schedule, delta = problem.schedule(learning_rate), problem.weight_decay
+    delta = problem.weight_decay
+    schedule = problem.schedule(learning_rate * (damping + delta))
     grad_fn = jax.grad(problem.mean_loss)
 
     def posterior(state):
