@@ -46,6 +46,10 @@ LARGER = {"learning_rate": (0.1, 10.0)}  # momentum is an average, so ten times 
 GAUSSIAN = LARGER | {"hess_init": (0.3, 30.0)} | PRIOR
 SYSTEMS = {  # how to train, and the ranges of its hyperparameters
     "AdamW": (baselines.adamw, ADAMW),
+    "Muon": (
+        baselines.muon,
+        {"learning_rate": (1e-3, 0.1), "weight_decay": (0.01, 1.0)},
+    ),
     "AdamW stopped early": (
         baselines.stopped_early(baselines.adamw),
         ADAMW | {"share": (0.03, 1.0)},
@@ -88,11 +92,21 @@ SYSTEMS = {  # how to train, and the ranges of its hyperparameters
         baselines.with_prior(controls.squared_gradient),
         GAUSSIAN,
     ),
+    "EVON": (baselines.with_prior(baselines.evon), GAUSSIAN),
     "IVON": (baselines.with_prior(baselines.ivon), GAUSSIAN),
 }
-POINTS = "AdamW", "AdamW stopped early", "SGD", "AdaHessian", "IVON without noise"
+OF_MATRICES = "Muon", "EVON"  # left out unless named
+POINTS = (
+    "AdamW",
+    "Muon",
+    "AdamW stopped early",
+    "SGD",
+    "AdaHessian",
+    "IVON without noise",
+)
 ENSEMBLES = {"SGD": "Deep ensemble", "IVON": "Multi-IVON"}
-ROWS = (*list(SYSTEMS)[:-1], "IVON@mean", "IVON", *ENSEMBLES.values())
+AT_MEAN = {"EVON": "EVON@mean", "IVON": "IVON@mean"}
+ROWS = (*list(SYSTEMS)[:-1], *AT_MEAN.values(), "IVON", *ENSEMBLES.values())
 SCORES = {
     "accuracy %": lambda probs, y: 100 * metrics.accuracy(probs, y),
     "top-5 %": lambda probs, y: 100 * metrics.accuracy(probs, y, k=5),
@@ -117,7 +131,7 @@ class Config:
     cifar: str = ""  # .npz as benchmarks/resnet20.py reads it
     full: int = 0  # 1: the paper's network and length for CIFAR-10
     epochs: int = 0  # 0: what the data set below has
-    systems: str = ",".join(SYSTEMS)
+    systems: str = ",".join(name for name in SYSTEMS if name not in OF_MATRICES)
     trials: Count = 16  # of each system
     seeds: Count = 5
     members: Count = 5  # of an ensemble
@@ -220,10 +234,12 @@ def photographs(size, shape, number):
     return patches if shape == (size, size, 3) else patches.mean(axis=-1) / 255
 
 
-def make_problem(task, config, num_data):
-    """Return the task with this many examples of it to train on."""
+def make_problem(task, config, num_data, name=""):
+    """Return the task with this many examples of it to train a system on."""
     init, features = task.network
     length = task.length | ({"epochs": config.epochs} if config.epochs else {})
+    if name == "EVON":  # side by side, each step would calculate bases
+        length |= {"runs_at_once": 1}
     return baselines.Problem(
         init=init,
         features=features,
@@ -256,7 +272,7 @@ def validate(name, task, config):
         for i in range(config.trials)
     ]
     cut = 2 * len(task.train[1]) // 3
-    problem = make_problem(task, config, cut)
+    problem = make_problem(task, config, cut, name)
     seeds = config.tuning_seeds or task.tuning_seeds
     keys = jax.random.split(jax.random.key(1000), (2, seeds))
     # The same keys for all settings: the same first weights and order of the images.
@@ -278,7 +294,7 @@ def validate(name, task, config):
 def test(name, setting, task, config, images):
     """Train on all examples; return rows of probabilities (seeds, N, C) of `images`."""
     system, _ = SYSTEMS[name]
-    problem = make_problem(task, config, len(task.train[1]))
+    problem = make_problem(task, config, len(task.train[1]), name)
     members = config.members if name in ENSEMBLES else 1
     keys = jax.random.split(jax.random.key(0), (2, config.seeds * members))
     stack = stacked([setting], keys.shape[1])
@@ -294,9 +310,9 @@ def test(name, setting, task, config, images):
         rows = {name: predict(system, singles, 1)}
     else:
         rows = {name: predict(system, singles, config.num_samples)}
-    if name == "IVON":
-        rows["IVON@mean"] = predict(baselines.at_mean(system), singles, 1)
-    if name in ENSEMBLES:
+    if name in AT_MEAN:
+        rows[AT_MEAN[name]] = predict(baselines.at_mean(system), singles, 1)
+    if members > 1:
         samples = 1 if name in POINTS else -(-config.num_samples // members)
         probs = predict(system, everyone, samples)
         probs = probs.reshape(config.seeds, members, *probs.shape[1:])
@@ -362,7 +378,7 @@ def main():
         rows = test(name, setting, task, config, images)
         probs |= rows
         seconds |= dict.fromkeys(rows, duration)
-        if name in ENSEMBLES:
+        if ENSEMBLES.get(name) in rows:
             seconds[ENSEMBLES[name]] *= config.members
     scores = {
         name: score(probs[name], labels, len(others)) for name in ROWS if name in probs

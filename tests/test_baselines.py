@@ -29,6 +29,15 @@ def test_sgd_finds_the_maximum_of_the_posterior_density(linear, key):
 
 
 @pytest.mark.usefixtures("x64")
+def test_muon_without_decay_finds_the_least_squares(linear, key):
+    problem, settings = linear.problem(epochs=2000), {"weight_decay": 0.0}
+    settings["learning_rate"] = 0.05
+    params, _ = train(baselines.muon, problem, linear, key[None], **settings)
+    expected = np.linalg.lstsq(linear.design, linear.y)[0]
+    np.testing.assert_allclose(flat(params)[0], expected, atol=1e-3)
+
+
+@pytest.mark.usefixtures("x64")
 def test_adahessian_takes_newtons_step(key):
     """Of a diagonal Hessian each Rademacher probe tells the diagonal exactly."""
     x = np.array([[1, 1], [-1, 1], [1, -1], [-1, -1]]) * [3.0, 0.5]

@@ -190,6 +190,14 @@ def test_bbb_finds_the_best_diagonal_gaussian(linear, key):
     assert_mean(jax.nn.softplus(flat(rho)), stddev)
 
 
+def test_evon_finds_the_exact_mean(linear, key):
+    problem = linear.problem(epochs=1000)
+    setting = {"learning_rate": 0.1, "hess_init": 30.0}
+    keys = jax.random.split(key, 200)
+    params, _ = train(baselines.evon, problem, linear, keys, **setting)
+    assert_mean(flat(params), linear.mean)
+
+
 @pytest.mark.statistical
 def test_ivon_stays_at_the_best_diagonal_gaussian(linear, key):
     """Its h is the mean of the examples' Hessians; the prior is outside of it."""

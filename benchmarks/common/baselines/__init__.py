@@ -23,6 +23,7 @@ from common.baselines.gaussians import (
     at_mean as at_mean,
     bbb as bbb,
     bsam as bsam,
+    evon as evon,
     gaussian as gaussian,
     ivon as ivon,
     ivon_optimizer as ivon_optimizer,
@@ -33,6 +34,7 @@ from common.baselines.points import (
     adamw as adamw,
     heavy_ball as heavy_ball,
     mc_dropout as mc_dropout,
+    muon as muon,
     point as point,
     sgd as sgd,
 )

@@ -156,13 +156,31 @@ def ivon_optimizer(problem, learning_rate, hess_init):
 
 def ivon(problem, learning_rate, hess_init, **options):
     """Return IVON, with samples of its posterior; options of `value_and_grad`."""
-    estimate = ivon_jax.value_and_grad(problem.mean_loss, **options)
     tx = ivon_optimizer(problem, learning_rate, hess_init)
+    return trained_by(problem, tx, **options)
+
+
+def evon(problem, learning_rate, hess_init):
+    """Return EVON, with the settings of IVON."""
+    tx = ivon_jax.evon(
+        problem.schedule(learning_rate),
+        ess=problem.num_data,
+        hess_init=hess_init,
+        b1=0.9,
+        b2=problem.b2,
+        weight_decay=problem.weight_decay,
+    )
+    return trained_by(problem, tx)
+
+
+def trained_by(problem, tx, **options):
+    """Return a system whose posterior `tx` trains; options of `value_and_grad`."""
+    estimate_fn = ivon_jax.value_and_grad(problem.mean_loss, **options)
 
     def step(key, state, x, y):
         params, opt_state = state
-        _, grads = estimate(key, params, opt_state, x, y)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        _, estimate = estimate_fn(key, params, opt_state, x, y)
+        updates, opt_state = estimate.update(tx, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     return gaussian(

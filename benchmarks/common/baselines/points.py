@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from common.baselines.problem import System
 
@@ -30,6 +31,13 @@ def adamw(problem, learning_rate, weight_decay):
     """Return AdamW, whose decoupled weight decay is no prior."""
     schedule = problem.schedule(learning_rate)
     return point(problem, optax.adamw(schedule, weight_decay=weight_decay))
+
+
+def muon(problem, learning_rate, weight_decay):
+    """Return Muon for the matrices, and AdamW for all else, with one learning rate."""
+    schedule = problem.schedule(learning_rate)
+    decays = dict(weight_decay=weight_decay, adam_weight_decay=weight_decay)
+    return point(problem, optax.contrib.muon(schedule, **decays))
 
 
 def heavy_ball(schedule, weight_decay):

@@ -68,14 +68,15 @@ def fit(
     """
     start, shuffle, steps, finish = run_functions(system, problem)
     axis = 0 if own_data else None
-    start = jax.jit(jax.vmap(start))
-    shuffle = jax.jit(jax.vmap(shuffle, (0, None)))
-    steps = jax.jit(jax.vmap(steps, (0, 0, 0, axis)), donate_argnums=0)
-    finish = jax.jit(jax.vmap(finish, (0, 0, axis)))
     keep = keep_best(system, problem, held_out) if held_out else None
     num_batches = problem.num_data // problem.batch_size
     chunk = problem.steps_per_call or num_batches
     group = problem.runs_at_once or len(keys)
+    side_by_side = jax.vmap if group > 1 else alone
+    start = jax.jit(side_by_side(start, 0))
+    shuffle = jax.jit(side_by_side(shuffle, (0, None)))
+    steps = jax.jit(side_by_side(steps, (0, 0, 0, axis)), donate_argnums=0)
+    finish = jax.jit(side_by_side(finish, (0, 0, axis)))
     states, seconds = [], []
     for first in range(0, len(keys), group):
         some_of = operator.itemgetter(np.s_[first : first + group])
@@ -95,6 +96,20 @@ def fit(
         states.append(finish(kept[1], some, its_data))
     state = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *states)
     return Fitted(state, min(seconds) * problem.epochs)
+
+
+def alone(fn, in_axes):
+    """As `jax.vmap` of a single run, where a condition skips what it leaves out."""
+
+    def call(*args):
+        axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
+        args = (
+            arg if axis is None else jax.tree.map(lambda x: x[0], arg)
+            for arg, axis in zip(args, axes, strict=True)
+        )
+        return jax.tree.map(lambda x: x[None], fn(*args))
+
+    return call
 
 
 def keep_best(system, problem, held_out):
