@@ -195,6 +195,7 @@ def merged_networks(found):
 
 
 TOP = 30  # %, of a histogram
+CURVATURE = {"IVON": "#0072B2", "IVON, forgets faster": "#D55E00"}
 
 
 def unknown_classes(found):
@@ -216,6 +217,25 @@ def unknown_classes(found):
     return figure
 
 
+def curvature(found):
+    """H of each weight beside the exact diagonal of the Hessian, run after run."""
+    runs = found["curvature"]["curves"]["weights of the first seed"]
+    epochs = sorted({run["epochs"] for run in runs})
+    figure, axes = panels(len(epochs), 3.4, sharex=True, sharey=True)
+    for axis, count in zip(axes, epochs, strict=True):
+        for run in (run for run in runs if run["epochs"] == count):
+            color = CURVATURE.get(run["system"])
+            if color:
+                pair, style = (run["diagonal"], run["h"]), {"s": 3, "color": color}
+                axis.scatter(*pair, **style, alpha=0.4, label=run["system"])
+        axis.axline((1e-3, 1e-3), (1e-2, 1e-2), color="0.5", lw=1, label="equal")
+        axis.set(xscale="log", yscale="log", xlim=(1e-5, 1), ylim=(1e-5, 1))
+        axis.set(title=f"{count} epochs", xlabel="exact diagonal of the Hessian")
+    axes[0].set_ylabel("h")
+    legend_below(figure, axes[0], 3)
+    return figure
+
+
 PLOTS = (
     uncertainty,
     ablations,
@@ -225,6 +245,7 @@ PLOTS = (
     merged_networks,
     task_sequence,
     pruned_weights,
+    curvature,
 )
 
 

@@ -4,10 +4,11 @@
 
 In page.md ``{result > table > row > column}`` is a number of results/result.json: the
 mean over seeds, or with ``±`` behind the column its standard error, too. A row is named
-by its labels, with semicolons between them; ``row - row`` is a difference and its 95 %
-interval. ``{result > table}``, alone on a line, is the table, ``{result > table >
-column; column}`` a part of it. ``{files}`` is a list of all results and commands,
-``{claims}`` the table of verdicts, and ``{claims > holds}`` how many of them say so.
+by its labels, with semicolons between them; ``row - row`` or ``column - column`` is a
+difference with its 95 % interval. ``{result > table}``, alone on a line, is the table,
+``{result > table > column; column}`` a part of it. ``{files}`` is a list of all results
+and commands, ``{claims}`` the table of verdicts, and ``{claims > holds}`` how many of
+them say so.
 """
 
 import pathlib
@@ -45,13 +46,15 @@ def resolve(found, parts):
         case [name, table, columns]:
             columns = [column.strip() for column in columns.split(";")]
             return tables.markdown(look_up(found, name, table), columns).rstrip()
-        case [name, table, row, column] if " - " in row:
+        case [name, table, row, column] if " - " in row + column:
             table = look_up(found, name, table)
-            rows = (tables.find_row(table["rows"], part) for part in row.split(" - "))
-            pair, digits = (
-                [row[column] for row in rows],
-                tables.digits_of(column, table),
-            )
+            rows, columns = row.split(" - "), column.split(" - ")
+            pair = [
+                tables.find_row(table["rows"], row)[column]
+                for row in rows
+                for column in columns
+            ]
+            digits = tables.digits_of(columns[0], table)
             interval = claims.gain(*pair, claims.runs(found[name]), digits)
             return claims.text(interval, digits)
         case [name, table, row, column]:
