@@ -64,6 +64,25 @@ def test_adahessians_probe_of_any_hessian(linear, key):
     assert_mean(squares, (hessian**2).sum(axis=1))
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernel(baselines.Problem):
+    """A quadratic in the weights of a convolution, with a diagonal Hessian."""
+
+    def mean_loss(self, params, x, y):
+        del x, y
+        return 0.5 * jnp.sum(jnp.arange(-1.0, 7.0).reshape(2, 2, 1, 2) * params**2)
+
+
+def test_adahessian_averages_over_the_window_of_a_convolution(linear, key):
+    """With signs: the entries of a channel are -1, 1, 3, 5 and 0, 2, 4, 6."""
+    problem = Kernel(**vars(linear.problem()))
+    system = baselines.adahessian(problem, 0.1, 0.0)
+    state = system.init(jnp.ones((2, 2, 1, 2)))
+    _, _, square, _ = system.step(key, state, None, None)
+    expected = 0.001 * np.tile([2.0**2, 3.0**2], (2, 2, 1, 1))
+    np.testing.assert_allclose(square, expected, rtol=1e-4)
+
+
 @pytest.mark.usefixtures("x64")
 def test_adahessian_beside_a_transcript(linear, key):
     """Yao et al. (2021), Algorithm 1 with Hessian power one and decoupled decay."""
