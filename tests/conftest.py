@@ -23,7 +23,7 @@ SLOW = {
     *("test_gpt2", "test_parallel", "test_resnet20", "test_resume", "test_studies"),
     *("test_benchmarks", "test_examples", "test_pages", "test_saving"),
     *("test_linear_regression", "test_settings", "test_trainers", "test_tuning"),
-    "test_zoo",
+    *("test_minilm", "test_zoo"),
 }
 
 

