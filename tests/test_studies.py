@@ -27,7 +27,7 @@ SCRIPTS = (ROOT / "benchmarks").glob("*.py")
 STUDIES = sorted(path for path in SCRIPTS if "\nToy size: `" in path.read_text())
 NAMES = [path.stem for path in STUDIES]
 # Where zero means something.
-MAY_BE_ZERO = {"seed", "warmup_epochs", "bfloat16"}
+MAY_BE_ZERO = {"seed", "warmup_epochs", "bfloat16", "tune"}
 WITHOUT_FILES = [
     "mlp_digits",
     "multi_ivon",
@@ -81,6 +81,8 @@ def test_a_whole_study_measures_what_is_kept(name, tmp_path):
     measured = json.loads((tmp_path / f"{name}.json").read_text())
     expected = load()[name]
     for title, table in expected["tables"].items():
+        if title == "trials":
+            continue
         rows = zip(table["rows"], measured["tables"][title]["rows"], strict=True)
         for row, other in rows:
             for column in (c for c in row if isinstance(row[c], list)):
