@@ -192,6 +192,7 @@ def test_a_file_that_cannot_be_written_is_refused(name, capsys, monkeypatch, tmp
         ("lora_digits --batch_size 101", "must be at most 100"),
         ("task_sequence --batch_size 1438", "must be at most 1437"),
         ("task_sequence --epochs 1 --forget 29", "`--forget` must be at most 28 steps"),
+        ("task_sequence --tune SGD", "`--tune` must be of AdamW; EWC; IVON, first"),
         ("merged_networks --steps 2", "`--forget` must be at most 2 steps, got 3.0."),
         ("wrong_labels --batch_size 1438", "must be at most 1437"),
         ("wrong_labels --flip 1", "--flip must be below 1, got 1.0."),
