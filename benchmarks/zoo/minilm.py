@@ -8,7 +8,9 @@
 
 Wang et al., MiniLM, NeurIPS 2020: BERT (Devlin et al., 2019) with 384 channels. These
 weights were trained on for the similarity of sentences, as Reimers and Gurevych (2019)
-do it. Layers are functions of parameters, so that a study trains what it likes.
+do it. Layers are functions of parameters, so that a study trains what it likes. On
+23,703 texts the tokens were those of the library `tokenizers`, and on 200 the vectors
+those of `transformers` to 2e-6.
 """
 
 import io
