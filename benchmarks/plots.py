@@ -236,6 +236,99 @@ def curvature(found):
     return figure
 
 
+REGIMES = {  # of small data
+    "AdamW, stopped, scaled": "#D55E00",
+    "Deep ensemble": "#E69F00",
+    "MC dropout": "#CC79A7",
+    "no noise": "#999999",
+    "IVON": "#0072B2",
+}
+CHOICES = {  # of labels: color and line
+    "AdamW, entropy": ("#D55E00", "-"),
+    "MC dropout, BALD": ("#CC79A7", "-"),
+    "no noise, entropy": ("#999999", "-"),
+    "IVON, random": ("#0072B2", ":"),
+    "IVON, BALD": ("#0072B2", "-"),
+}
+AGENTS = {
+    "epsilon-greedy": "#D55E00",
+    "bootstrap ensemble": "#E69F00",
+    "dropout": "#CC79A7",
+    "IVON, greedy": "#56B4E9",
+    "constant noise": "#999999",
+    "IVON": "#0072B2",
+}
+
+
+def regimes(found):
+    """Small data by NLL, shift and effect of the posterior; labelling and decisions."""
+    figure, axes = panels(3, 4.0, 3.4, rows=2)
+    small = found["small_data"]["tables"]
+    for axis, flip in zip(axes[0], (0, 40), strict=False):
+        rows = [row for row in small["test"]["rows"] if row["flipped %"] == flip]
+        lines_of_systems(axis, rows, "N")
+        axis.set(title=f"{flip} % wrong labels", xscale="log")
+        axis.set(xlabel="examples", ylabel="NLL")
+    axes[0, 0].legend(frameon=False, fontsize="small")
+    posterior_effect(axes[0, 2], small["effect of the posterior"]["rows"])
+    lines_of_systems(axes[1, 0], small["shifted"]["rows"], "severity")
+    axes[1, 0].set(title="1,000 examples, shifted", xlabel="severity", ylabel="NLL")
+    accuracy = found["active_learning"]["curves"]["accuracy % by labels"]
+    asked_labels(axes[1, 1], accuracy)
+    regret(axes[1, 2], found["bandit"]["tables"]["regret"]["rows"])
+    return figure
+
+
+def lines_of_systems(axis, rows, by):
+    """Draw the NLL of the systems of REGIMES by a column."""
+    for system, color in REGIMES.items():
+        some = [row for row in rows if row["system"] == system]
+        mean, error = column(some, "NLL")
+        style = {"color": color, "marker": "o", "ms": 4, "label": system}
+        axis.errorbar([row[by] for row in some], mean, error, **style)
+
+
+def posterior_effect(axis, rows):
+    """Draw the intervals of IVON's NLL less that of its control without noise."""
+    flips = sorted({row["flipped %"] for row in rows})
+    for i, (flip, color) in enumerate(zip(flips, COLORS, strict=False)):
+        some = [row for row in rows if row["flipped %"] == flip]
+        ends = [row["less no noise"] for row in some]
+        middle, low, high = (
+            np.array([end[name] for end in ends])
+            for name in ("difference", "low", "high")
+        )
+        sizes = np.array([row["N"] for row in some]) * 1.1 ** (i - 1)
+        style = {"fmt": "o", "ms": 4, "color": color, "label": f"{flip} % wrong"}
+        axis.errorbar(sizes, middle, (middle - low, high - middle), **style)
+    axis.axhline(0, color="0.5", lw=1)
+    axis.set(xscale="log", xlabel="examples", title="effect of the posterior")
+    axis.set_ylabel("NLL of IVON, less no noise")
+    axis.legend(frameon=False, fontsize="small")
+
+
+def asked_labels(axis, curves):
+    """Draw accuracy by the number of labels."""
+    for name, (color, line) in CHOICES.items():
+        mean = np.mean(curves[name], axis=0)
+        axis.plot(curves["labels"], mean, line, color=color, label=name)
+    axis.set(title="active learning", xlabel="labels", ylabel="accuracy (%)")
+    axis.legend(frameon=False, fontsize="small")
+
+
+def regret(axis, rows):
+    """Draw the regret of the agents by the width of the wheel."""
+    deltas = sorted({row["delta"] for row in rows})
+    for i, (name, color) in enumerate(AGENTS.items()):
+        mean, error = column(of_system({"rows": rows}, name), "regret %")
+        places = np.arange(len(deltas)) + 0.1 * (i - 2.5)
+        style = {"fmt": "o", "ms": 4, "color": color, "label": name}
+        axis.errorbar(places, mean, error, **style)
+    axis.set_xticks(range(len(deltas)), deltas)
+    axis.set(title="wheel", xlabel="delta", ylabel="regret (% of random)", ylim=0)
+    axis.legend(frameon=False, fontsize="small")
+
+
 PLOTS = (
     uncertainty,
     ablations,
@@ -246,6 +339,7 @@ PLOTS = (
     task_sequence,
     pruned_weights,
     curvature,
+    regimes,
 )
 
 

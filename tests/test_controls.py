@@ -194,49 +194,71 @@ def test_members_are_averaged_with_their_neighbours():
 @pytest.mark.parametrize(("epochs", "members", "each"), [(20, 5, 4), (3, 5, 1)])
 def test_members_share_the_epochs_of_one(problem, epochs, members, each):
     problem = dataclasses.replace(problem, epochs=epochs)
-    assert controls.of_equal_cost(problem, members).epochs == each
+    share = controls.of_equal_cost(problem, members)
+    assert (share.epochs, share.steps) == (each, 0)
+    steps = dataclasses.replace(problem, steps=epochs)
+    assert controls.of_equal_cost(steps, members).num_steps == each
 
 
-def test_early_stopping_keeps_each_runs_best_epoch(problem, data, key):
-    """At a constant learning rate, the first epochs of a long run are a short run."""
-    keys = jax.random.split(key, 3)
-    settings = dict(learning_rate=jnp.full(3, 1.0), weight_decay=jnp.zeros(3))
-    wrong = data[0], 1 - data[1]  # so that later is worse
-
-    def losses(epochs, held_out=None):
-        shorter = dataclasses.replace(problem, epochs=epochs)
-        arguments = constant_adamw, shorter, keys, settings, data
-        runs = baselines.fit(*arguments, held_out=held_out)
-        return held_out_loss(problem, runs.state, wrong)
-
-    plain = np.array([losses(epochs) for epochs in range(1, 5)])
-    best = losses(4, held_out=wrong)
-    np.testing.assert_allclose(best, plain.min(axis=0), rtol=1e-5)
-    assert np.all(best < 0.9 * plain[-1])
-
-
-def constant_adamw(problem, learning_rate, weight_decay):
-    tx = optax.adamw(learning_rate, weight_decay=weight_decay)
-    return baselines.point(problem, tx)
-
-
-def held_out_loss(problem, state, held_out):
-    return jax.vmap(lambda params: problem.mean_loss(params, *held_out))(state[0])
-
-
-def test_runs_may_have_data_of_their_own(problem, data, key):
-    """The same data for each give what shared ones give; others something else."""
-    keys = jax.random.split(key, 3)
-    settings = dict(learning_rate=jnp.full(3, 0.1))
-    x, y = data
-    own = [jnp.stack([a, a, b]) for a, b in ((x, -x), (y, y))]
-    shared = baselines.fit(baselines.sgd, problem, keys, settings, data).state[0]
-    found = baselines.fit(
-        baselines.sgd, problem, keys, settings, own, own_data=True
-    ).state[0]
-    a, b = (
-        jax.vmap(lambda p: jax.flatten_util.ravel_pytree(p)[0])(p)
-        for p in (shared, found)
+@pytest.fixture
+def subsets(data, key):
+    """Problem, keys, settings and data of three runs with 4, 4 and 24 examples."""
+    init, features = baselines.mlp((3, 4, 2))
+    problem = baselines.Problem(
+        *(init, features, optax.softmax_cross_entropy_with_integer_labels),
+        **dict(num_data=0, batch_size=4, epochs=0, steps=40),
     )
-    np.testing.assert_allclose(a[:2], b[:2], atol=1e-6)
+    keys = jnp.stack([key] * 3)
+    settings = dict(size=jnp.array([4, 4, 24]), learning_rate=jnp.full(3, 0.3))
+    x, y = data
+    rows = jnp.stack([jnp.arange(24), jnp.arange(24)[::-1], jnp.arange(24)])
+    return problem, keys, settings, x, rows, y[rows]
+
+
+def test_a_run_sees_its_own_examples_alone(subsets):
+    """What stands behind the first four changes the third run alone."""
+    system = baselines.with_size(baselines.sgd)
+    *arguments, labels = subsets
+    first = baselines.fit_subsets(system, *arguments, labels)
+    other = baselines.fit_subsets(system, *arguments, labels.at[:, 4:].set(1))
+    a, b = (np.asarray(jax.vmap(flatten)(state[0])) for state in (first, other))
+    np.testing.assert_array_equal(a[:2], b[:2])
     assert np.max(np.abs(a[2] - b[2])) > 1e-3
+    assert np.max(np.abs(a[0] - a[1])) > 1e-3
+
+
+def flatten(params):
+    return jax.flatten_util.ravel_pytree(params)[0]
+
+
+def test_a_run_ends_with_as_many_examples_as_it_has(subsets):
+    """IVON's ess is the run's own size, and h_0 stays where its mean is over it all."""
+    system = baselines.with_size(baselines.with_prior(baselines.ivon))
+    problem, keys, settings, *rest = subsets
+    settings |= dict(hess_init=jnp.full(3, 0.5), prior_precision=jnp.full(3, 2.0))
+    state = baselines.fit_subsets(system, problem, keys, settings, *rest)
+    [ivon_state] = ivon_jax.find_states(state[1])
+    np.testing.assert_array_equal(ivon_state.ess, [4.0, 4.0, 24.0])
+    np.testing.assert_allclose(ivon_state.weight_decay, [0.5, 0.5, 2.0 / 24])
+    assert np.all(ivon_state.count == 40)
+
+
+def test_early_stopping_keeps_each_runs_best_state(subsets):
+    """With labels turned round, later is worse: the best of 20 is an early one."""
+    system = baselines.with_size(constant_sgd)
+    problem, *_, x, _, labels = subsets
+    held_out = x, 1 - labels[0]
+
+    def loss(state):
+        return jax.vmap(lambda p: problem.mean_loss(p, *held_out))(state[0])
+
+    last = loss(baselines.fit_subsets(system, *subsets))
+    best = baselines.fit_subsets(system, *subsets, held_out=held_out)
+    problem = dataclasses.replace(problem, steps=2)
+    first = loss(baselines.fit_subsets(system, problem, *subsets[1:]))
+    assert np.all(loss(best) <= np.minimum(last, first * 1.2))
+    assert np.all(loss(best)[2] < 0.9 * last[2])
+
+
+def constant_sgd(problem, learning_rate):
+    return baselines.point(problem, optax.sgd(learning_rate))

@@ -8,7 +8,7 @@ from common import intervals, tables
 from common.intervals import Interval, interval, paired_mean
 from statistical import assert_mean
 
-SEEDS, EXAMPLES, RUNS = 5, 200, 600
+SEEDS, EXAMPLES, RUNS = 5, 200, 300
 SPREADS = {  # of seeds, of examples, and of both together
     "seeds": (1.0, 1.0, 1.0),
     "examples": (0.0, 10.0, 3.0),
@@ -18,7 +18,7 @@ SPREADS = {  # of seeds, of examples, and of both together
 
 @pytest.mark.parametrize("case", SPREADS)
 def test_an_interval_covers_the_truth_as_often_as_it_says(case):
-    """Of 600 experiments, with five seeds: a percentile bootstrap covers 85 %."""
+    """Of 300 experiments, with five seeds: a percentile bootstrap covers 85 %."""
     seeds, examples, both = SPREADS[case]
     rng = np.random.default_rng(0)
     shape = SEEDS, EXAMPLES

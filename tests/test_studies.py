@@ -42,6 +42,7 @@ WITH_IMAGES = [
     "pruned_weights",
     "wrong_labels",
 ]
+LARGER = ["small_data", "active_learning"]  # whose results are MNIST's
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -197,6 +198,13 @@ def test_a_file_that_cannot_be_written_is_refused(name, capsys, monkeypatch, tmp
         ("wrong_labels --batch_size 1438", "must be at most 1437"),
         ("wrong_labels --flip 1", "--flip must be below 1, got 1.0."),
         ("wrong_labels --flip 0", "--flip must be positive, got 0.0."),
+        ("small_data --sizes 0,100", "`--sizes` must be numbers in 1..1347, got 0,100"),
+        (
+            "small_data --sizes 9 --flips x",
+            "`--flips` must be numbers in 0..90, got x.",
+        ),
+        ("small_data --systems IVON", "with IVON and no noise, got 'IVON'."),
+        ("bandit --deltas 0.5,1", "must be numbers between 0 and 1, got 0.5,1."),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(
@@ -237,7 +245,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-@pytest.mark.parametrize("name", [*WITH_IMAGES, "mnist", "resnet20"])
+@pytest.mark.parametrize("name", [*WITH_IMAGES, *LARGER, "mnist", "resnet20"])
 def test_files_that_do_not_fit_the_network_are_refused(
     name, case, capsys, monkeypatch, tmp_path
 ):

@@ -141,4 +141,9 @@ def ensembled(probs, members):
 
 def of_equal_cost(problem, members):
     """Return the problem of a member, if all together may take the steps of one."""
-    return dataclasses.replace(problem, epochs=max(1, problem.epochs // members))
+    shares = {
+        length: max(1, getattr(problem, length) // members)
+        for length in ("epochs", "steps")
+        if getattr(problem, length)
+    }
+    return dataclasses.replace(problem, **shares)

@@ -32,6 +32,12 @@ def find_row(rows, labels):
     return found[0]
 
 
+def padded(rows):
+    """Return the records with all columns that any of them has."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
 def record(labels, columns, values):
     """Return a record of labels and of a value for each column."""
     return labels | dict(zip(columns, values, strict=True))

@@ -53,3 +53,4 @@ from common.baselines.runs import (
     predict as predict,
     run_functions as run_functions,
 )
+from common.baselines.subsets import fit_subsets as fit_subsets, with_size as with_size

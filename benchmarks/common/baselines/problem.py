@@ -28,11 +28,12 @@ class Problem:
     # loop, as on a CPU.
     steps_per_call: int = 0
     runs_at_once: int = 0  # 0: all, side by side
+    steps: int = 0  # 0: of all epochs, without what does not fill a batch
 
     @property
     def num_steps(self):
-        """Steps of all epochs; what does not fill a batch is left out."""
-        return self.epochs * (self.num_data // self.batch_size)
+        """Steps of a run."""
+        return self.steps or self.epochs * (self.num_data // self.batch_size)
 
     @property
     def weight_decay(self):

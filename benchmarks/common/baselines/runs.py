@@ -51,49 +51,32 @@ def run_functions(system, problem):
     return start, shuffle, steps, finish
 
 
-def fit(
-    system,
-    problem,
-    keys,
-    settings,
-    data,
-    description="",
-    own_data=False,
-    held_out=None,
-):
-    """Train a run for each of `keys` and of the `settings`, trees with that axis.
-
-    With `own_data` the data have that axis, too. With `held_out`, a pair of inputs and
-    targets, a run's state is the one after the epoch with the least loss there.
-    """
+def fit(system, problem, keys, settings, data, description=""):
+    """Train a run for each of `keys` and of the `settings`, trees with that axis."""
     start, shuffle, steps, finish = run_functions(system, problem)
-    axis = 0 if own_data else None
-    keep = keep_best(system, problem, held_out) if held_out else None
     num_batches = problem.num_data // problem.batch_size
     chunk = problem.steps_per_call or num_batches
     group = problem.runs_at_once or len(keys)
     side_by_side = jax.vmap if group > 1 else alone
     start = jax.jit(side_by_side(start, 0))
     shuffle = jax.jit(side_by_side(shuffle, (0, None)))
-    steps = jax.jit(side_by_side(steps, (0, 0, 0, axis)), donate_argnums=0)
-    finish = jax.jit(side_by_side(finish, (0, 0, axis)))
+    steps = jax.jit(side_by_side(steps, (0, 0, 0, None)), donate_argnums=0)
+    finish = jax.jit(side_by_side(finish, (0, 0, None)))
     states, seconds = [], []
     for first in range(0, len(keys), group):
         some_of = operator.itemgetter(np.s_[first : first + group])
         some = jax.tree.map(some_of, settings)
-        its_data = jax.tree.map(some_of, data) if own_data else data
         init_keys, epoch_keys = jax.vmap(jax.random.split, out_axes=1)(some_of(keys))
-        state, kept = start(init_keys, some), None
+        state = start(init_keys, some)
         for epoch in tqdm(range(problem.epochs), desc=description, leave=False):
             begin = time.perf_counter()
             batches, step_keys = shuffle(epoch_keys, epoch)
             for i in range(0, num_batches, chunk):
                 part = batches[:, i : i + chunk], step_keys[:, i : i + chunk]
-                state = steps(state, some, part, its_data)
+                state = steps(state, some, part, data)
             jax.block_until_ready(state)
             seconds.append((time.perf_counter() - begin) / len(epoch_keys))
-            kept = keep(kept, state, some) if keep else (None, state)
-        states.append(finish(kept[1], some, its_data))
+        states.append(finish(state, some, data))
     state = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *states)
     return Fitted(state, min(seconds) * problem.epochs)
 
@@ -110,29 +93,6 @@ def alone(fn, in_axes):
         return jax.tree.map(lambda x: x[None], fn(*args))
 
     return call
-
-
-def keep_best(system, problem, held_out):
-    """Return ``keep(kept, state, settings)``: (losses, states), each run's best."""
-    x, y = held_out
-
-    def loss(state, setting):
-        outputs = system(problem, **setting).outputs(jax.random.key(0), state, x)
-        return jnp.nan_to_num(problem.loss(outputs, y).mean(), nan=jnp.inf)
-
-    @jax.jit
-    def keep(kept, state, settings):
-        losses = jax.vmap(loss)(state, settings)
-        if kept is None:
-            return losses, state
-
-        def of_run(better, new, old):
-            return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, old)
-
-        best = jax.vmap(of_run)(losses < kept[0], state, kept[1])
-        return jnp.minimum(losses, kept[0]), best
-
-    return keep
 
 
 def draws(system, problem, states, keys, settings, x, num_samples):
