@@ -158,3 +158,14 @@ def test_hamiltonian_monte_carlo_draws_from_the_exact_posterior(linear, key):
     centred = draws - linear.mean
     products = np.einsum("cdi,cdj->cij", centred, centred) / config.length
     assert_mean(products, np.linalg.inv(linear.precision))
+
+
+def test_what_is_less_than_another_is_ivons():
+    """Of two seeds and four images, all at 0.8 for IVON and 0.4 for the other."""
+    ours, theirs = np.full((2, 4, 2), 0.2), np.full((2, 4, 2), 0.6)
+    ours[..., 0], theirs[..., 0] = 0.8, 0.4
+    probs = {"SGD": jnp.asarray(theirs), "IVON": jnp.asarray(ours)}
+    [row] = uncertainty.differences(probs, np.zeros(4, int))
+    assert row["IVON less"] == "SGD"
+    np.testing.assert_allclose(row["NLL"]["difference"], np.log(0.5), rtol=1e-5)
+    np.testing.assert_allclose(row["accuracy %"]["difference"], 100)
