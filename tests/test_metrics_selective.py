@@ -121,6 +121,12 @@ def test_what_is_masked_is_as_if_it_were_not_there(shape):
             assert_same(result, expected)
 
 
+def test_lists_are_arrays():
+    scores, errors = [0.9, 0.5, 0.7], [0.0, 1.0, 0.5]
+    result = metrics.risk_coverage(scores, errors)
+    np.testing.assert_allclose(result["risk"], [0.0, 0.25, 0.5], rtol=1e-6)
+
+
 def test_risk_coverage_works_under_jit_and_vmap():
     scores, wrong = (np.stack(x) for x in zip(problem(0), problem(1), strict=True))
     result = jax.jit(jax.vmap(metrics.risk_coverage))(scores, wrong)

@@ -51,6 +51,18 @@ def test_hash_has_the_known_answers(key, counter, answer):
     np.testing.assert_array_equal(words, np.asarray(answer, np.uint32))
 
 
+def test_noise_is_the_quantile_of_the_hash_of_each_place():
+    """In NumPy and SciPy, of the authors' hash, whose two words are combined by xor."""
+    key = jax.random.key(7)
+    words = np.asarray(jax.random.key_data(key))
+    position = np.arange(np.prod(LARGE), dtype=np.uint32)
+    with np.errstate(over="ignore"):  # modulo 2^32
+        first, second = threefry(words, (np.zeros_like(position), position))
+    steps = (first ^ second).astype(np.int64) >> 8
+    exact = special.ndtri((steps + 0.5) / 2**24).reshape(LARGE)
+    np.testing.assert_allclose(normal(key, LARGE, jnp.float32), exact, rtol=4e-5)
+
+
 def scores(key, rounds):
     """Standard scores of moments, products of neighbours and equal bits."""
     shape = 2**11, 2**11

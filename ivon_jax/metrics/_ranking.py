@@ -210,7 +210,6 @@ def _risk_coverage(scores, errors, where, max_risk):
     covered = jnp.minimum(position, count)
     size = covered.astype(errors.dtype)
     counts = position <= count
-    total = jnp.where(counts, total, jnp.sum(errors))
     risk, best = total / size, jnp.cumsum(least_first) / size
     coverage = size / jnp.asarray(count, errors.dtype)
     aurc, least = (jnp.mean(x, where=counts) for x in (risk, best))

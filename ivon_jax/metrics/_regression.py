@@ -168,9 +168,8 @@ def _extremes(mean, variance, targets, where):
 
 
 def _prepared(mean, variance, targets, where):
-    """Arrays of one shape, float32 or wider, with harmless values where none counts."""
+    """Arrays in float32 or wider, with harmless values where none counts."""
     mean, variance, targets = wide(mean, variance, targets)
-    variance = jnp.broadcast_to(variance, targets.shape)
     if where is not None:
         mean, targets = (jnp.where(where, x, 0) for x in (mean, targets))
         variance = jnp.where(where, variance, 1)
