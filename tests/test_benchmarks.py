@@ -45,6 +45,7 @@ RESULTS_SAY = [
     "ensemble {uncertainty_digits > in domain > Deep ensemble > NLL})",
     "on MNIST (Multi-IVON {uncertainty_mnist > in domain > Multi-IVON > NLL}, "
     "ensemble {uncertainty_mnist > in domain > Deep ensemble > NLL})",
+    "the posterior gains {small_data > test > 100; 20; no noise - 100; 20; IVON > NLL}",
     "(AUROC: IVON {unknown_classes > out of domain > IVON; entropy > AUROC}, AdamW "
     "{unknown_classes > out of domain > AdamW; entropy > AUROC} %)",
 ]

@@ -61,8 +61,12 @@ def judge(found, compared):
     column, row = compared["column"], compared["row"]
     table = found[result]["tables"][table]
     digits = tables.digits_of(column, table)
-    ours = tables.find_row(table["rows"], row)[column]
+    found_row = tables.find_row(table["rows"], row)
+    ours = found_row if column == "difference" else found_row[column]
     other, beside, gained = 1.0, [], ""
+    shown = f"{row} {tables.cell(ours, digits)}"
+    if isinstance(ours, dict) and "difference" in ours:
+        shown, beside = "", [row]
     if "than" in compared:
         other = tables.find_row(table["rows"], compared["than"])
         other = other[compared.get("than_column", column)]
@@ -77,7 +81,7 @@ def judge(found, compared):
         said = verdict(interval, margin) + (f" within {margin}" if margin else "")
     return {
         "where": f"{compared['on']}, {column}",
-        "ours": f"{row} {tables.cell(ours, digits)}",
+        "ours": shown,
         "beside": ", ".join(beside),
         "gain, 95 %": gained,
         "verdict": said,
@@ -85,9 +89,9 @@ def judge(found, compared):
 
 
 def runs(result):
-    """Return over how many runs a study's means are."""
+    """Return over how many runs a study's means are, if it says so."""
     config = result["config"]
-    return config.get("seeds") or config["splits"]
+    return config.get("seeds") or config.get("splits")
 
 
 def text(interval, digits):
