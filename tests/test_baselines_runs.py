@@ -39,6 +39,20 @@ def test_each_run_has_a_setting_of_its_own(linear, key, how):
     np.testing.assert_allclose(flat(params), expected, rtol=1e-7)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("how", [{}, {"runs_at_once": 1}])
+def test_each_run_may_have_data_of_its_own(linear, key, how):
+    problem, keys = linear.problem(epochs=1000, **how), jax.random.split(key)
+    data = jnp.stack([linear.x, -linear.x]), jnp.stack([linear.y, linear.y + 1])
+    settings = {"learning_rate": jnp.full(2, 0.02)}
+    args = baselines.sgd, problem, keys, settings, data
+    (params, _), _ = baselines.fit(*args, own_data=True)
+    expected = [
+        dataclasses.replace(linear, x=x, y=y).mean for x, y in zip(*data, strict=True)
+    ]
+    np.testing.assert_allclose(flat(params), expected, rtol=1e-7)
+
+
 def test_an_epoch_has_each_example_once_in_an_order_of_its_own(linear, key):
     problem = dataclasses.replace(linear.problem(epochs=2), batch_size=5)
 

@@ -51,7 +51,8 @@ class ResNet(nnx.Module):
         self.stem = conv_norm(3, width, 3, 1, rngs)
         shapes = [*stacks(width, 3 * [(depth - 2) // 6])]
         self.blocks = nnx.Sequential(*(Block(*shape, rngs) for shape in shapes))
-        self.head = linear(shapes[-1][1], num_classes, rngs)
+        features = shapes[-1][1] if shapes else width  # of depth 2 it is the stem
+        self.head = linear(features, num_classes, rngs)
 
     def __call__(self, images):
         """Map images, uint8 (N, height, width, 3), to logits, (N, num_classes)."""

@@ -51,8 +51,12 @@ def run_functions(system, problem):
     return start, shuffle, steps, finish
 
 
-def fit(system, problem, keys, settings, data, description=""):
-    """Train a run for each of `keys` and of the `settings`, trees with that axis."""
+def fit(system, problem, keys, settings, data, description="", own_data=False):
+    """Train a run for each of `keys` and of the `settings`, trees with that axis.
+
+    With `own_data` the data have it, too.
+    """
+    axis = 0 if own_data else None
     start, shuffle, steps, finish = run_functions(system, problem)
     num_batches = problem.num_data // problem.batch_size
     chunk = problem.steps_per_call or num_batches
@@ -60,12 +64,13 @@ def fit(system, problem, keys, settings, data, description=""):
     side_by_side = jax.vmap if group > 1 else alone
     start = jax.jit(side_by_side(start, 0))
     shuffle = jax.jit(side_by_side(shuffle, (0, None)))
-    steps = jax.jit(side_by_side(steps, (0, 0, 0, None)), donate_argnums=0)
-    finish = jax.jit(side_by_side(finish, (0, 0, None)))
+    steps = jax.jit(side_by_side(steps, (0, 0, 0, axis)), donate_argnums=0)
+    finish = jax.jit(side_by_side(finish, (0, 0, axis)))
     states, seconds = [], []
     for first in range(0, len(keys), group):
         some_of = operator.itemgetter(np.s_[first : first + group])
         some = jax.tree.map(some_of, settings)
+        its_data = jax.tree.map(some_of, data) if own_data else data
         init_keys, epoch_keys = jax.vmap(jax.random.split, out_axes=1)(some_of(keys))
         state = start(init_keys, some)
         for epoch in tqdm(range(problem.epochs), desc=description, leave=False):
@@ -73,10 +78,10 @@ def fit(system, problem, keys, settings, data, description=""):
             batches, step_keys = shuffle(epoch_keys, epoch)
             for i in range(0, num_batches, chunk):
                 part = batches[:, i : i + chunk], step_keys[:, i : i + chunk]
-                state = steps(state, some, part, data)
+                state = steps(state, some, part, its_data)
             jax.block_until_ready(state)
             seconds.append((time.perf_counter() - begin) / len(epoch_keys))
-        states.append(finish(state, some, data))
+        states.append(finish(state, some, its_data))
     state = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *states)
     return Fitted(state, min(seconds) * problem.epochs)
 
