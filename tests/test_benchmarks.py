@@ -198,8 +198,10 @@ def test_at_most_ten_plots_and_all_are_on_the_page():
 
 
 def test_links_of_the_page_lead_somewhere():
+    """From the site, too, which has no other files of this folder."""
     for link in re.findall(r"\]\(([^)]+)\)", PAGE):
         assert (BENCHMARKS / link).exists(), link
+        assert link.startswith(("../", "page.md", "plots/", "results")), link
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
