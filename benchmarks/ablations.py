@@ -56,7 +56,7 @@ def train(system, settings, task, config, description):
     images = jnp.asarray(task.test[0])
     keys = jax.random.split(jax.random.key(0), (2, config.seeds))
     keys = keys[:, jnp.arange(config.seeds * len(settings)) % config.seeds]
-    stack = uncertainty.stacked(settings, config.seeds)
+    stack = baselines.stacked(settings, config.seeds)
     runs = baselines.fit(system, problem, keys[0], stack, data, description)
 
     def probs(system, num_samples):

@@ -17,7 +17,6 @@ Toy size: `--num_train 60 --epochs 2 --seeds 2 --num_samples 1`
 """
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -146,23 +145,16 @@ def rounded(array):
     return [float(f"{x:.2e}") for x in array]
 
 
-def checked_epochs(config):
-    """Return the numbers of epochs, or exit."""
-    epochs = config.epochs.split(",")
-    if not all(x.isdecimal() and int(x) for x in epochs):
-        sys.exit(f"`--epochs` must be numbers above 0, got {config.epochs}.")
-    flags.check_batch_size(config.batch_size, config.num_train)
-    return list(map(int, epochs))
-
-
 def main():
     """Train all seeds at once, and compare."""
     config = flags.parse(Config, __doc__)
+    lengths = flags.numbers("epochs", config.epochs, 1)
+    flags.check_batch_size(config.batch_size, config.num_train)
     images, labels = load_images()
     images = images.reshape(len(labels), -1)
     study, rows, pairs = results.Study(config), [], []
     keys = jax.random.split(jax.random.key(0), config.seeds)
-    for epochs in checked_epochs(config):
+    for epochs in lengths:
         for name, system in SYSTEMS.items():
 
             def one(key, epochs=epochs, system=system):

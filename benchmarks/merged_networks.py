@@ -210,10 +210,7 @@ def run(key, name, setting, config, splits):
 def tune(study, name, config, splits, bar):
     """Return the trial whose merged networks are the best on validation images."""
     values = baselines.trials(OPTIMIZERS[name].ranges, config.trials)
-    settings = [
-        {name: float(column[i]) for name, column in values.items()}
-        for i in range(config.trials)
-    ]
+    settings = baselines.one_by_one(values)
     errors = []
     for setting in settings:
         found = []

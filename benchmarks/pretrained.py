@@ -37,6 +37,7 @@ import numpy as np
 import optax
 from common import baselines, controls, flags, intervals, results
 from common.flags import Count, Results
+from common.scores import losses
 from zoo import minilm
 
 import ivon_jax
@@ -224,7 +225,11 @@ def with_adapters(layer, trained):
 
 def gaussian_loss(outputs, y):
     """Negative log-likelihoods of a mean and the logarithm of a variance."""
-    mean, variance = moments(outputs)
+    return gaussian_nll(*moments(outputs), y)
+
+
+def gaussian_nll(mean, variance, y):
+    """Negative log-likelihoods of targets."""
     return 0.5 * (jnp.log(2 * jnp.pi * variance) + (y - mean) ** 2 / variance)
 
 
@@ -265,21 +270,7 @@ def recipe(problem, learning_rate, hess_init):
 
 def ivon(problem, learning_rate, hess_init):
     """Return IVON with this recipe."""
-    tx = recipe(problem, learning_rate, hess_init)
-
-    def step(key, state, x, y):
-        params, opt_state = state
-        theta = ivon_jax.sample(key, params, opt_state)
-        grads = jax.grad(problem.mean_loss)(theta, x, y)
-        updates, opt_state = tx.update(grads, opt_state, params, sample=theta)
-        return optax.apply_updates(params, updates), opt_state
-
-    return baselines.gaussian(
-        problem,
-        posterior=lambda state: ivon_jax.posterior(*state),
-        init=lambda params: (params, tx.init(params)),
-        step=step,
-    )
+    return baselines.trained_by(problem, recipe(problem, learning_rate, hess_init))
 
 
 def without_noise(problem, learning_rate):
@@ -316,10 +307,8 @@ class Prediction(NamedTuple):
     def losses(self, y):
         """Return negative log-likelihoods, (runs, N)."""
         if self.classes:
-            probs = jnp.take_along_axis(self.values, y[None, :, None], axis=-1)
-            return -jnp.log(jnp.maximum(probs[..., 0], 1e-30))
-        mean, variance = self.values[..., 0], self.values[..., 1]
-        return 0.5 * (jnp.log(2 * jnp.pi * variance) + (y - mean) ** 2 / variance)
+            return losses(self.values, y)
+        return gaussian_nll(self.values[..., 0], self.values[..., 1], y)
 
     def scaled(self, held_out, y):
         """Choose each run's temperature, or factor of the variance, on `held_out`."""
@@ -355,11 +344,6 @@ def predict(system, problem, states, keys, settings, x, num_samples, config):
     return Prediction(jnp.stack([mean.mean(axis=1), variance], axis=-1), False)
 
 
-def stacked(settings):
-    """Return {name: (runs,)} of a list of settings."""
-    return {name: jnp.array([s[name] for s in settings]) for name in settings[0]}
-
-
 def subsets(pool, config, first, count):
     """Return inputs and targets (count, labels, ...) of as many draws of the pool."""
     rows = [
@@ -372,17 +356,13 @@ def subsets(pool, config, first, count):
 def tune(study, name, problem, pool, validation, config):
     """Return the best of a system's trials by validation NLL."""
     system, ranges = systems(config)[name]
-    values = baselines.trials(ranges, config.trials)
-    settings = [
-        {key: float(column[i]) for key, column in values.items()}
-        for i in range(config.trials)
-    ]
+    settings = baselines.one_by_one(baselines.trials(ranges, config.trials))
     # The same labels and keys for all settings.
     draws = config.tuning_draws
     turns = np.arange(draws * config.trials) % draws
     data = [array[turns] for array in subsets(pool, config, 1000, draws)]
     keys = jax.random.split(jax.random.key(1000), draws)[turns]
-    repeated = stacked([s for s in settings for _ in range(draws)])
+    repeated = baselines.stacked(settings, draws)
     args = system, problem, keys, repeated, data
     runs = baselines.fit(*args, f"{name}, trials", own_data=True)
     samples = 1 if name in POINTS else config.num_samples
@@ -399,7 +379,7 @@ def predictions(name, setting, problem, pool, sets, config):
     """Return {row: {set: Prediction}} of all seeds, each with labels of its own."""
     system, _ = systems(config)[name]
     keys = jax.random.split(jax.random.key(0), config.seeds)
-    settings = stacked(config.seeds * [setting])
+    settings = baselines.stacked([setting], config.seeds)
     data = subsets(pool, config, 0, config.seeds)
     args = system, problem, keys, settings, data
     runs = baselines.fit(*args, f"{name}, seeds", own_data=True)

@@ -55,7 +55,7 @@ def resolve(found, parts):
                 for column in columns
             ]
             digits = tables.digits_of(columns[0], table)
-            interval = claims.gain(*pair, claims.runs(found[name]), digits)
+            interval = claims.difference(*pair, claims.runs(found[name]), digits)
             return claims.text(interval, digits)
         case [name, table, row, column]:
             table = look_up(found, name, table)

@@ -364,7 +364,7 @@ def predictions(task, problem, num_samples):
 def trial_settings(ranges, count, first=None):
     """Return settings from a Sobol sequence, `first` in the place of its first."""
     values = baselines.trials(ranges, count)
-    settings = [{k: float(x[i]) for k, x in values.items()} for i in range(count)]
+    settings = baselines.one_by_one(values)
     return settings if first is None else [first, *settings[1:]]
 
 

@@ -41,6 +41,7 @@ from common import (
     tables,
 )
 from common.flags import Count, Results, Text
+from common.scores import losses, right
 from tqdm import tqdm
 
 from ivon_jax import metrics
@@ -176,12 +177,6 @@ def chosen(values, nll):
     return {name: column[best] for name, column in values.items()}
 
 
-def losses(probs, labels):
-    """Return the NLL of each example, (runs, N)."""
-    own = jnp.take_along_axis(probs, labels[None, :, None], axis=2)[..., 0]
-    return -jnp.log(jnp.maximum(own, 1e-38))
-
-
 def test(name, problem, images, cells, best, moved, config):
     """Return rows of probabilities of one training.
 
@@ -192,7 +187,6 @@ def test(name, problem, images, cells, best, moved, config):
     data = cells.subsets(data_key, images.pool[1], config.seeds)
     keys = [cells.each(jax.random.split(key, config.seeds)) for key in run_keys]
     settings = {k: jnp.repeat(jnp.asarray(v), config.seeds) for k, v in best.items()}
-    rows = {}
     if name == "AdamW":
         predict = ensembles(problem, images, keys[0], settings, data, config)
     else:
@@ -318,11 +312,6 @@ def summary(probs, labels):
     }
 
 
-def right(probs, labels):
-    """Return 100 where the likeliest class is the label, else 0."""
-    return 100.0 * (probs.argmax(-1) == labels)
-
-
 def aurc(confidence, wrong):
     """Return the area under risk over coverage."""
     return metrics.risk_coverage(confidence, wrong)["aurc"]
@@ -397,8 +386,8 @@ def main():
     check_systems(config.systems)
     images = few_images.load(config.data)
     cells = few_images.Cells(
-        few_images.numbers("sizes", config.sizes, 1, len(images.pool[1])),
-        few_images.numbers("flips", config.flips, 0, 90),
+        flags.numbers("sizes", config.sizes, 1, len(images.pool[1])),
+        flags.numbers("flips", config.flips, 0, 90),
     )
     study = results.Study(config)
     rows = run_all(study, images, cells, config)

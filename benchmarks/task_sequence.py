@@ -105,10 +105,8 @@ def ewc(prior, num_train, num_steps, _config, learning_rate, strength):
     schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
 
     def penalise(grads, params):
-        return jax.tree.map(
-            lambda g, p, m, precision: g + precision * (p - m) / num_train,
-            *(grads, params, prior.mean, prior.precision),
-        )
+        pull = prior.precision_times(prior.deviation(params))
+        return jax.tree.map(lambda g, x: g + x / num_train, grads, pull)
 
     return training.point_mass(
         optax.chain(optax.stateless(penalise), optax.adam(schedule))
@@ -214,10 +212,7 @@ def run(key, name, setting, config, train, test):
 def tune(study, name, config, train, bar):
     """Return the trial with the best accuracy at the end, on a fifth of `train`."""
     values = baselines.trials(METHODS[name].ranges, config.trials)
-    settings = [
-        {name: float(column[i]) for name, column in values.items()}
-        for i in range(config.trials)
-    ]
+    settings = baselines.one_by_one(values)
     cut = 4 * len(train[1]) // 5
     parts = [tuple(a[part] for a in train) for part in np.s_[:cut, cut:]]
     errors = []

@@ -15,7 +15,6 @@ Toy size: `--sizes 50 --epochs 2 --seeds 2`
 """
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -135,14 +134,10 @@ def run(key, num_train, images, labels, config):
 
 def checked_sizes(config):
     """Return the numbers of training examples, or exit."""
-    sizes = config.sizes.split(",")
-    if not all(x.isdecimal() and 0 < int(x) <= HELD_OUT.start for x in sizes):
-        sys.exit(
-            f"`--sizes` must be numbers in 1..{HELD_OUT.start}, got {config.sizes}."
-        )
-    for size in map(int, sizes):
+    sizes = flags.numbers("sizes", config.sizes, 1, HELD_OUT.start)
+    for size in sizes:
         flags.check_batch_size(config.batch_size, size)
-    return list(map(int, sizes))
+    return sizes
 
 
 def main():

@@ -31,6 +31,7 @@ import optax
 import resnet20
 from common import baselines, controls, flags, intervals, results
 from common.flags import Count, Results
+from common.scores import losses, right
 from flax import nnx
 from jax.scipy.special import entr
 from sklearn.datasets import load_digits, load_sample_images
@@ -96,6 +97,7 @@ SYSTEMS = {  # how to train, and the ranges of its hyperparameters
     "IVON": (baselines.with_prior(baselines.ivon), GAUSSIAN),
 }
 OF_MATRICES = "Muon", "EVON"  # left out unless named
+ALONE = ("EVON",)  # side by side, each step would calculate bases
 POINTS = (
     "AdamW",
     "Muon",
@@ -238,7 +240,7 @@ def make_problem(task, config, num_data, name=""):
     """Return the task with this many examples of it to train a system on."""
     init, features = task.network
     length = task.length | ({"epochs": config.epochs} if config.epochs else {})
-    if name == "EVON":  # side by side, each step would calculate bases
+    if name in ALONE:
         length |= {"runs_at_once": 1}
     return baselines.Problem(
         init=init,
@@ -249,35 +251,23 @@ def make_problem(task, config, num_data, name=""):
     )
 
 
-def stacked(settings, repeats):
-    """Return a tree of arrays with each setting as often as that."""
-    return {
-        name: jnp.repeat(jnp.array([s[name] for s in settings]), repeats)
-        for name in settings[0]
-    }
-
-
 def tune(study, name, task, config):
     """Return a system's best setting, and the seconds of a run."""
-    settings, losses, seconds = validate(name, task, config)
-    return settings[study.trials(name, settings, losses)], seconds
+    settings, nll, seconds = validate(name, task, config)
+    return settings[study.trials(name, settings, nll)], seconds
 
 
 def validate(name, task, config):
     """Return settings, their NLL on the last third, and the seconds of a run."""
     system, ranges = SYSTEMS[name]
-    values = baselines.trials(ranges, config.trials)
-    settings = [
-        {name: float(column[i]) for name, column in values.items()}
-        for i in range(config.trials)
-    ]
+    settings = baselines.one_by_one(baselines.trials(ranges, config.trials))
     cut = 2 * len(task.train[1]) // 3
     problem = make_problem(task, config, cut, name)
     seeds = config.tuning_seeds or task.tuning_seeds
     keys = jax.random.split(jax.random.key(1000), (2, seeds))
     # The same keys for all settings: the same first weights and order of the images.
     train_keys, test_keys = keys[:, jnp.arange(seeds * len(settings)) % seeds]
-    stack = stacked(settings, seeds)
+    stack = baselines.stacked(settings, seeds)
     data = [jnp.asarray(array[:cut]) for array in task.train]
     runs = baselines.fit(
         system, problem, train_keys, stack, data, f"{name}, {len(test_keys)} trials"
@@ -297,7 +287,7 @@ def test(name, setting, task, config, images):
     problem = make_problem(task, config, len(task.train[1]), name)
     members = config.members if name in ENSEMBLES else 1
     keys = jax.random.split(jax.random.key(0), (2, config.seeds * members))
-    stack = stacked([setting], keys.shape[1])
+    stack = baselines.stacked([setting], keys.shape[1])
     data = [jnp.asarray(array) for array in task.train]
     runs = baselines.fit(system, problem, keys[0], stack, data, f"{name}, seeds")
 
@@ -347,8 +337,7 @@ def differences(probs, labels):
 
     def measures(probs):  # (seeds, N) each
         inside = probs[:, : len(labels)]
-        chosen = inside[:, jnp.arange(len(labels)), labels]
-        return -jnp.log(chosen), 100.0 * (inside.argmax(axis=-1) == labels)
+        return losses(inside, labels), right(inside, labels)
 
     ours = measures(probs["IVON"])
     for name in (name for name in ROWS if name in probs and name != "IVON"):

@@ -98,6 +98,15 @@ def test_trials_fill_their_ranges_evenly_on_a_logarithmic_scale():
         np.testing.assert_array_equal(np.sort(place.astype(int)), np.arange(16))
 
 
+def test_settings_are_listed_one_by_one_and_stacked_again():
+    values = {"a": np.float32([1, 2]), "b": np.float32([3, 4])}
+    settings = baselines.one_by_one(values)
+    assert settings == [{"a": 1.0, "b": 3.0}, {"a": 2.0, "b": 4.0}]
+    stack = baselines.stacked(settings, 2)
+    np.testing.assert_array_equal(stack["a"], [1, 1, 2, 2])
+    np.testing.assert_array_equal(stack["b"], [3, 3, 4, 4])
+
+
 def test_what_is_stopped_early_stays_as_it_was(linear, key):
     """After a quarter of 40 steps, on the schedule of all."""
     problem = linear.problem(epochs=40)

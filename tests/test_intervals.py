@@ -71,13 +71,6 @@ def test_no_difference_at_all_is_a_point():
     assert interval(jax.random.key(0), paired_mean, a, a) == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("ends", "sign"), [((0.1, 0.2), 1), ((-0.2, -0.1), -1), ((-0.1, 0.1), 0)]
-)
-def test_a_sign_needs_an_interval_on_one_side(ends, sign):
-    assert Interval(0.0, *ends).sign == sign
-
-
 def test_cell():
     cell = Interval(-0.0123, -0.04, 0.01).cell
     assert tables.cell(cell, 3) == "-0.012 (-0.040 to 0.010)"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_data
-from common import few_images
+from common import few_images, scores
 from statistical import assert_mean
 
 # As in the scripts, which are written for jax as it is.
@@ -45,7 +45,7 @@ def test_runs_of_a_cell_are_where_it_is():
 def test_losses_are_those_of_the_metric(key):
     probs = jax.nn.softmax(jax.random.normal(key, (3, 50, 10)))
     labels = jnp.arange(50) % 10
-    mean = small_data.losses(probs, labels).mean(axis=1)
+    mean = scores.losses(probs, labels).mean(axis=1)
     np.testing.assert_allclose(mean, small_data.scores(probs, labels)["NLL"], rtol=1e-5)
 
 

@@ -198,6 +198,11 @@ def test_a_file_that_cannot_be_written_is_refused(name, capsys, monkeypatch, tmp
         ("wrong_labels --batch_size 1438", "must be at most 1437"),
         ("wrong_labels --flip 1", "--flip must be below 1, got 1.0."),
         ("wrong_labels --flip 0", "--flip must be positive, got 0.0."),
+        (
+            "curvature --epochs 0,5",
+            "`--epochs` must be numbers in 1..2147483647, got 0",
+        ),
+        ("temperatures --sizes 100,x", "`--sizes` must be numbers in 1..1200, got 100"),
         ("small_data --sizes 0,100", "`--sizes` must be numbers in 1..1347, got 0,100"),
         (
             "small_data --sizes 9 --flips x",

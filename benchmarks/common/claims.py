@@ -17,28 +17,15 @@ the upper end of what was measured.
 import math
 import pathlib
 import tomllib
-from typing import NamedTuple
 
+import numpy as np
 from scipy import stats
 
 from common import tables
+from common.intervals import Interval, over_seeds
 
 FILE = pathlib.Path(__file__).parent.parent / "claims.toml"
-SIGN = {"lower": -1, "higher": 1}  # what is better
 HOLDS, FAILS, OPEN = "holds", "does not hold", "can't be told"
-
-
-class Gain(NamedTuple):
-    """A difference in favour of a claim, and the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __rmul__(self, sign):
-        """Return the same difference, or that of the other from ours."""
-        value, *ends = (sign * x for x in self)
-        return Gain(value, *sorted(ends))
 
 
 def load(path=FILE):
@@ -76,7 +63,8 @@ def judge(found, compared):
         said = below(ours, compared["limit"] * other)
     else:
         count = compared.get("seeds") or runs(found[result])
-        interval = SIGN[compared["better"]] * gain(ours, other, count, digits)
+        interval = difference(ours, other, count, digits)
+        interval = in_favour(interval, compared["better"])
         margin, gained = compared.get("margin", 0.0), text(interval, digits)
         said = verdict(interval, margin) + (f" within {margin}" if margin else "")
     return {
@@ -95,41 +83,42 @@ def runs(result):
 
 
 def text(interval, digits):
-    """Write a Gain."""
+    """Write an estimate and its interval."""
     value, low, high = (tables.number(x, digits) for x in interval)
     return f"{value} ({low} to {high})"
 
 
-def gain(ours, other, count, digits=None):
-    """Return the Gain of `ours` over `other`, each a list over seeds or mean and error.
+def difference(ours, other, count, digits=None):
+    """Return the `Interval` of ``ours - other``: lists over seeds, or mean and error.
 
     `count` runs are behind a mean and its error, which are printed with so many
-    `digits`. Where `ours` is a difference already, it is the gain.
+    `digits`. Where `ours` is a difference already, it is that one.
     """
     if isinstance(ours, dict) and "difference" in ours:
-        return Gain(ours["difference"], ours["low"], ours["high"])
+        return Interval(ours["difference"], ours["low"], ours["high"])
     if isinstance(ours, list) and isinstance(other, list):
-        if None in ours + other:
-            return Gain(math.nan, math.nan, math.nan)
-        differences = [a - b for a, b in zip(ours, other, strict=True)]
-        count, bias = len(differences), 0.0
-        difference, error = tables.mean_and_error(differences)
-    else:
-        mean, error = tables.mean_and_error(ours)
-        its_mean, its_error = tables.mean_and_error(other)
-        difference = mean - its_mean
-        rounding = 0.0 if digits is None else 0.5 * 10.0**-digits
-        error = math.hypot(error + rounding, its_error + rounding)
-        bias = 2 * rounding
-    half = float(stats.t.ppf(0.975, count - 1)) * error + bias
-    return Gain(difference, difference - half, difference + half)
+        ours, other = np.asarray(ours, float), np.asarray(other, float)  # None is NaN
+        return over_seeds(ours - other)
+    mean, error = tables.mean_and_error(ours)
+    its_mean, its_error = tables.mean_and_error(other)
+    rounding = 0.0 if digits is None else 0.5 * 10.0**-digits
+    error = math.hypot(error + rounding, its_error + rounding)
+    radius = float(stats.t.ppf(0.975, count - 1)) * error + 2 * rounding
+    return Interval(mean - its_mean, mean - its_mean - radius, mean - its_mean + radius)
 
 
-def verdict(gained, margin=0.0):
+def in_favour(interval, better):
+    """Return the interval of a gain, where `better` is "lower" or "higher"."""
+    if better == "higher":
+        return interval
+    return Interval(-interval.estimate, -interval.high, -interval.low)
+
+
+def verdict(interval, margin=0.0):
     """Say whether a claim holds, by the interval of what it gains."""
-    if gained.low > -margin:
+    if interval.low > -margin:
         return HOLDS
-    return FAILS if gained.high < -margin else OPEN
+    return FAILS if interval.high < -margin else OPEN
 
 
 def below(value, limit):

@@ -25,13 +25,13 @@ from common import baselines
 
 
 def frozen(tx, hess_init):
-    """Return IVON's `tx` with an h that stays `hess_init`."""
+    """Return IVON's `tx` with an h that stays `hess_init`, whatever is estimated."""
 
-    def update(grads, state, params):
+    def update(grads, state, params, **_):
         hess = jax.tree.map(lambda p: jnp.full_like(p, hess_init), params)
         return tx.update(grads, state, params, hess=hess)
 
-    return optax.GradientTransformation(tx.init, update)
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def without_noise(problem, learning_rate):
@@ -43,21 +43,7 @@ def without_noise(problem, learning_rate):
 def with_constant_noise(problem, learning_rate, hess_init):
     """Return IVON with an h that stays `hess_init`: one variance for all weights."""
     tx = baselines.ivon_optimizer(problem, learning_rate, hess_init)
-    fixed = frozen(tx, hess_init)
-
-    def step(key, state, x, y):
-        params, opt_state = state
-        theta = ivon_jax.sample(key, params, opt_state)
-        grads = jax.grad(problem.mean_loss)(theta, x, y)
-        updates, opt_state = fixed.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    return baselines.gaussian(
-        problem,
-        posterior=lambda state: ivon_jax.posterior(*state),
-        init=lambda params: (params, fixed.init(params)),
-        step=step,
-    )
+    return baselines.trained_by(problem, frozen(tx, hess_init))
 
 
 squared_gradient = functools.partial(baselines.ivon, hess_estimator="squared_gradient")

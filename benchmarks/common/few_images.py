@@ -1,7 +1,6 @@
 """Few images, some of them with wrong labels: cells of an experiment, side by side."""
 
 import itertools
-import sys
 from typing import NamedTuple
 
 import jax
@@ -76,11 +75,3 @@ class Cells(NamedTuple):
             jnp.repeat(jnp.array(x), repeats) for x in zip(*self.all, strict=True)
         )
         return jax.vmap(of_run)(self.each(jax.random.split(key, repeats)), sizes, flips)
-
-
-def numbers(name, text, low, high):
-    """Return the whole numbers of a flag, or exit."""
-    words = text.split(",")
-    if not all(word.isdecimal() and low <= int(word) <= high for word in words):
-        sys.exit(f"`--{name}` must be numbers in {low}..{high}, got {text}.")
-    return [int(word) for word in words]

@@ -127,6 +127,14 @@ def checked(parser, config):
     return config
 
 
+def numbers(name, text, low, high=LARGEST):
+    """Return the whole numbers of a flag, with commas between them, or exit."""
+    words = text.split(",")
+    if not all(word.isdecimal() and low <= int(word) <= high for word in words):
+        sys.exit(f"`--{name}` must be numbers in {low}..{high}, got {text}.")
+    return [int(word) for word in words]
+
+
 def check_batch_size(batch_size, num_train):
     """Exit where an epoch would have no batch."""
     if batch_size > num_train:

@@ -31,11 +31,6 @@ class Interval(NamedTuple):
         """Return the value of a table's cell."""
         return {"difference": self.estimate, "low": self.low, "high": self.high}
 
-    @property
-    def sign(self):
-        """Return 1 or -1 if the interval is on that side of 0, else 0."""
-        return int(self.low > 0) - int(self.high < 0)
-
 
 def paired_mean(a, b):
     """Return the difference of two systems' means."""
@@ -81,8 +76,9 @@ def _resampled(statistic, keys, *arrays):
 def over_seeds(values, level=0.95):
     """Return Student's interval of a mean of numbers, one for each seed."""
     values = np.asarray(values, float)
-    radius = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
-    return Interval(values.mean(), values.mean() - radius, values.mean() + radius)
+    mean = float(np.mean(values))
+    radius = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
+    return Interval(mean, mean - radius, mean + radius)
 
 
 def _student(values, resampled, level):

@@ -27,6 +27,7 @@ from common.baselines.gaussians import (
     gaussian as gaussian,
     ivon as ivon,
     ivon_optimizer as ivon_optimizer,
+    trained_by as trained_by,
     vogn as vogn,
 )
 from common.baselines.points import (
@@ -42,6 +43,8 @@ from common.baselines.problem import (
     Problem as Problem,
     System as System,
     mlp as mlp,
+    one_by_one as one_by_one,
+    stacked as stacked,
     stopped_early as stopped_early,
     trials as trials,
     with_prior as with_prior,

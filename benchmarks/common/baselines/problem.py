@@ -112,6 +112,20 @@ def trials(ranges, count):
     return dict(zip(ranges, points.T, strict=True))
 
 
+def one_by_one(values):
+    """Return `trials` as a list of settings."""
+    columns = zip(*values.values(), strict=True)
+    return [dict(zip(values, map(float, row), strict=True)) for row in columns]
+
+
+def stacked(settings, repeats):
+    """Return a list of settings as arrays, with each as often as that."""
+    return {
+        name: jnp.repeat(jnp.array([s[name] for s in settings]), repeats)
+        for name in settings[0]
+    }
+
+
 def mlp(sizes):
     """Return ``init`` and ``features`` of a multilayer perceptron with ReLUs."""
     he_normal = jax.nn.initializers.he_normal()
