@@ -280,8 +280,6 @@ def temperature_scaling(
 @jax.jit
 def _temperature_scaling(logits, labels, where):
     """Bisect the logarithm of the inverse temperature, in which the NLL is convex."""
-    if where is not None:
-        logits = jnp.where(where[..., None], logits, 0)
     chosen = likelihood.is_label(logits, labels)
     own = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
 

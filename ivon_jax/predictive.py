@@ -307,7 +307,8 @@ def linearized(
     validity.number_of_examples(x=x)
 
     def run(posterior, x):
-        jacobian.num_outputs(fn, posterior, x)
+        shape = jacobian.shape_of_outputs(fn, posterior, x)
+        validity.one_axis_of_outputs(shape)
         of_example = jacobian.linearize(fn, posterior)
 
         def moments(example):

@@ -5,6 +5,7 @@ convolution's kernel (H, W, in, out) is a matrix of H W in rows. Leading axes th
 basis has as well stack matrices, each with a basis of its own.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -82,9 +83,8 @@ def without(tree):
 
 def matrix_form(x, stacked_axes=0):
     """`x` with one axis for rows, one for columns, and those that stack matrices."""
-    if x.ndim == stacked_axes + 2:
-        return x
-    return x.reshape(*x.shape[:stacked_axes], -1, x.shape[-1])
+    *rows, columns = x.shape[stacked_axes:]
+    return x.reshape(*x.shape[:stacked_axes], math.prod(rows), columns)
 
 
 def matmul(a, b):

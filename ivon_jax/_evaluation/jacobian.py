@@ -98,8 +98,3 @@ def shape_of_outputs(fn, q, x):
 
     output = jax.eval_shape(fn, q.mean, jax.tree.map(one, x))
     return validity.predictions_of_one(output).shape[1:]
-
-
-def num_outputs(fn, q, x):
-    """C, for an `fn` that has no more axes."""
-    return validity.one_axis_of_outputs(shape_of_outputs(fn, q, x))

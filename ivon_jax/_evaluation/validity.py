@@ -212,18 +212,17 @@ def predictions_of_one(output):
 
 
 def one_axis_of_outputs(shape):
-    """Return the number of outputs of one example."""
+    """Raise unless this is the shape of one example's outputs along one axis."""
     if len(shape) != 1:
         raise ValueError(
             "`fn(theta, x)` must have shape (N, C), C outputs for each of N examples, "
             f"got shape {(1, *shape)} for a batch of one."
         )
-    return shape[0]
 
 
 def outputs_of_one(output):
-    """Return the number of outputs, of what `fn` returned for a batch of one."""
-    return one_axis_of_outputs(predictions_of_one(output).shape[1:])
+    """Raise unless `fn` returned one axis of outputs for a batch of one."""
+    one_axis_of_outputs(predictions_of_one(output).shape[1:])
 
 
 def log_likelihoods(name, output):
