@@ -10,6 +10,7 @@ The exit status is 1 if one survives, or if `EQUIVALENT` has one that is not the
 import argparse
 import ast
 import contextlib
+import dataclasses
 import functools
 import os
 import shutil
@@ -35,15 +36,22 @@ import sklearn.metrics  # noqa: F401
 TESTS = {  # for each module the files that must notice; its doctests come first
     "_update_rules": ["update_rules", "reference"],
     "_arrays.dtypes": ["transform", "gaussian"],
-    "_arrays.loops": ["loops", "predictive", "gradients", "sensitivity", "calibration"],
-    "_arrays.noise": ["noise"],
+    "_arrays.loops": [
+        "loops",
+        "predictive",
+        "gradients",
+        "sensitivity",
+        "calibration",
+        "metrics",
+    ],
+    "_arrays.noise": ["noise", "gaussian"],
     "_arrays.ranks": ["pruning", "diagnostics"],
     "_distributions.basis": ["rotated"],
     "_distributions.divergences": ["gaussian", "posterior"],
     "_distributions.gaussian": ["gaussian", "posterior", "prior", "rotated"],
     "_distributions.mixture": ["mixture", "rotated"],
     "_distributions.natural": ["gaussian"],
-    "_distributions.rotated": ["rotated"],
+    "_distributions.rotated": ["rotated", "mixture"],
     "_evaluation.jacobian": ["sensitivity", "predictive"],
     "_evaluation.likelihood": ["calibration", "diagnostics"],
     "_evaluation.objective": ["objective"],
@@ -90,6 +98,21 @@ EQUIVALENT = {  # name of a mutant: why no test can notice it
     "_distributions.parts.over: return type(prior)(*[params] * len(prior)) -> 2": (
         "it has no leaves"
     ),
+    "_distributions.basis.without: return jax.tree.map(lambda _: Basis(), tree) -> "
+    "nan": "it has no leaves",
+    "_distributions.basis._relative: return _transposed(p) if q is None else "
+    "matmul(_transposed(p), q) -> -1": "the same Gaussian in a basis of other sign",
+    "_distributions.gaussian.Posterior.noise.draw: return normal_like(leaf_key, mean, "
+    "precision.dtype) -> -1": "as likely with the other sign",
+    "calibration._temperature_scaling.slope: return jnp.mean(expected - own, "
+    "where=where) -> 2": "its sign alone counts",
+    "merging._curvature.fill: return part if unknown(h) else h -> -1": (
+        "its structure and shapes alone count"
+    ),
+    "pruning._whole_mask.whole: return param if param is None or single else keep -> "
+    "nan": "its structure and shapes alone count",
+    "tuning.tune.scores_of: return _one_score(score(posterior_of(*run), score_key)) "
+    "-> 2": "their order alone counts",
     "_arrays.ranks._smallest_with.value_of: magnitude = jnp.where(jnp.abs(order) < "
     "normal, 0.0, magnitude) -> pass": "for devices without denormals, not CPUs",
     "_arrays.loops.scan_mean.start: return _Sum(zero, zero if _averaged(zero) and "
@@ -166,8 +189,11 @@ def _changes(function, node, text):
 
 def changed(by, value):
     """`value` with its floats times `by`, and all else that counts changed as well."""
-    if isinstance(value, types.GeneratorType):
+    if isinstance(value, types.GeneratorType | range):
         value = tuple(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {x.name: getattr(value, x.name) for x in dataclasses.fields(value)}
+        return type(value)(**{k: changed(by, field) for k, field in fields.items()})
     return jax.tree.map(functools.partial(_changed, float(by)), value)
 
 
@@ -259,6 +285,7 @@ def run(folder, files, seconds):
 def _report(files, seconds, writing):
     """Run pytest and send ``(failed test or None, times)``."""
     sys.path.insert(0, os.getcwd())
+    os.environ["PYTHONPATH"] = os.getcwd()  # for what tests start
     plugin = Quickest(seconds)
     options = ["-x", "-q", "-p", "no:cacheprovider"]
     status = int(pytest.main([*options, *files], plugins=[plugin]))

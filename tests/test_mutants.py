@@ -1,6 +1,8 @@
 import ast
+import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,14 +15,22 @@ PLANTED = """
 def noticed(x):
     return float(x)
 
+def noticed_elsewhere(x):
+    return float(x)
+
 def unnoticed(x):
     return float(x)
 """
 TEST = """
+import subprocess, sys
 from ivon_jax import planted
 
 def test_noticed():
     assert planted.noticed(2.0) == 2.0
+
+def test_in_a_process_of_its_own():
+    lines = "from ivon_jax import planted; assert planted.noticed_elsewhere(2.0) == 2.0"
+    subprocess.run([sys.executable, "-c", lines], cwd="/", check=True)
 
 def test_unnoticed():
     assert planted.unnoticed(2.0)
@@ -53,6 +63,7 @@ def test_a_planted_mutant_is_found_where_a_test_cannot_fail(tmp_path):
     assert survivors.count("planted.unnoticed: ") == rows.count("SURVIVES") == 1
     assert "planted.noticed" not in survivors
     assert rows.count("test_planted.py::test_noticed") == 1
+    assert rows.count("test_planted.py::test_in_a_process_of_its_own") == 1
 
 
 @pytest.mark.parametrize("module", mutants.TESTS)
@@ -80,6 +91,12 @@ def test_each_rule_is_nan_negated_doubled_and_loses_a_term():
     assert len(labels) == 5
 
 
+@dataclasses.dataclass(frozen=True)
+class Wheel:
+    radius: float
+    turn: Callable[[float], float]
+
+
 def test_all_that_counts_is_changed():
     value = {"a": 3.0, "b": jnp.ones(2, jnp.bfloat16), "c": [2, True], "d": None}
     result = mutants.changed("-1", value)
@@ -90,6 +107,9 @@ def test_all_that_counts_is_changed():
     assert mutants.changed("2", lambda x: x)(3.0) == 6.0
     assert mutants.changed("nan", np.dtype(np.float32)) == jnp.bfloat16
     assert np.isnan(mutants.changed("nan", (x for x in [1.0]))[0])
+    assert mutants.changed("2", range(3)) == (0, 2, 4)
+    wheel = mutants.changed("-1", Wheel(2.0, lambda x: x))
+    assert (wheel.radius, wheel.turn(3.0)) == (-2.0, -3.0)
 
 
 def test_a_part_that_has_no_mutants_is_no_success(monkeypatch):
