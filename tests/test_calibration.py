@@ -214,6 +214,23 @@ def test_what_is_masked_is_as_if_it_were_not_there():
         chex.assert_trees_all_close(run(q, *padded, where=where), expected, rtol=1e-5)
 
 
+def test_of_masked_log_likelihoods_none_counts():
+    """Without labels it is as with them."""
+    q, x, labels = problem(0, stddev=10.0)
+    where = np.random.default_rng(1).uniform(size=N) < 0.7
+
+    def log_likelihoods(theta, x):
+        one_hot = jax.nn.one_hot(labels, C)
+        return jnp.sum(jnp.log(probs(theta, x)) * one_hot, axis=-1)
+
+    padded = jnp.where(where[:, None], x, jnp.nan)
+    curve = ivon_jax.calibration_curve(
+        log_likelihoods, q, None, KEY, num_samples=4, args=(padded,), where=where
+    )
+    expected = curve_of(q, x, labels, where=where)
+    chex.assert_trees_all_close(curve, expected, rtol=1e-5)
+
+
 def test_examples_may_have_any_axes():
     q, x, labels = problem(0)
     curve = curve_of(q, x.reshape(6, 10, D), labels.reshape(6, 10))
@@ -280,6 +297,7 @@ def test_under_jit_labels_of_no_class_give_nan():
 
 
 Q, X, LABELS = problem(0)
+LEAST_LOGIT = str(float(jnp.min(X @ Q.mean["w"])))[:6]  # at the mean
 BAD = {
     "one temperature": (
         {"temperatures": [1.0]},
@@ -305,7 +323,7 @@ BAD = {
     ),
     "logits": (
         {"fn": lambda theta, x: x @ theta["w"]},
-        "`fn(theta)` must be non-negative, got -",
+        f"`fn(theta)` must be non-negative, got {LEAST_LOGIT}",
     ),
     "no sum": (
         {"fn": lambda theta, x: 2 * probs(theta, x)},
@@ -413,6 +431,7 @@ def test_probabilities_of_zero_have_logarithms_to_scale():
 @pytest.mark.parametrize(
     ("logits", "labels", "message"),
     [
+        (3.0, 0, "`logits` must have shape (..., num_classes), two or more"),
         (X[:, :1], LABELS, "`logits` must have shape (..., num_classes), two or more"),
         (X[:0], LABELS[:0], "at least one example, got shape (0, 4)."),
         (X.astype(int), LABELS, "`logits` must be floating-point, got dtype int32."),

@@ -199,10 +199,16 @@ SAME = {"ess": 50.0, "b1": 0.9, "b2": 0.9, "weight_decay": 0.1}
 FEW_KEYS = jax.random.split(KEY, 3)
 
 
-def test_without_matrices_it_is_ivon_to_the_bit():
+@pytest.mark.parametrize("regulariser", ["weight_decay", "prior"])
+def test_without_matrices_it_is_ivon_to_the_bit(regulariser):
     """No side is short enough for a basis; b1 and weight_decay are IVON's here."""
-    ours = compiled_train(ivon_jax.evon(0.1, **SAME, max_side=1), PARAMS, FEW_KEYS)
-    theirs = compiled_train(ivon_jax.ivon(0.1, **SAME), PARAMS, FEW_KEYS)
+    settings = dict(SAME)
+    if regulariser == "prior":
+        del settings["weight_decay"]
+        mean = jax.tree.map(jnp.sin, PARAMS)
+        settings["prior"] = ivon_jax.Posterior.isotropic(mean, 5.0)
+    ours = compiled_train(ivon_jax.evon(0.1, **settings, max_side=1), PARAMS, FEW_KEYS)
+    theirs = compiled_train(ivon_jax.ivon(0.1, **settings), PARAMS, FEW_KEYS)
     assert_same_runs(ours, theirs)
 
 
@@ -251,13 +257,13 @@ def test_which_sides_have_a_basis():
 @pytest.mark.parametrize("orthogonalize", [False, True])
 def test_stacked_layers_are_the_layers(orthogonalize):
     """Of a scan over layers, each has a basis of its own; also the vectors' axis."""
-    layers = {"w": (2, 4, 3), "b": (2, 3)}
+    layers = {"w": (2, 4, 3), "conv": (2, 3, 1, 2, 4), "b": (2, 3)}
     params = {
         k: jnp.asarray(RNG.normal(size=s), jnp.float32) for k, s in layers.items()
     }
     params |= {"head": PARAMS["w"]}
     options = {"basis_every": 2, "orthogonalize": orthogonalize}
-    tx = evon(stacked={"w": True, "b": True, "head": False}, **options)
+    tx = evon(stacked=dict.fromkeys(layers, True) | {"head": False}, **options)
     grads = [jax.tree.map(lambda p, i=i: jnp.cos(i + p), params) for i in range(4)]
     hess = jax.tree.map(lambda p: 1.0 + p**2, params)
     result, state = steps_with(tx, params, grads, hess)
@@ -437,12 +443,13 @@ def test_groups_of_evon_ivon_and_adam_make_one_posterior():
         "scale": False,
     }
     assert q.trained == {"w": True, "conv": True, "b": True, "scale": False}
+    p = ivon_jax.prior(params, opt_state)
     for name in ("w", "conv"):
+        np.testing.assert_allclose(p.precision[name], 50.0 * 1e-6, rtol=1e-6)
         state = ivon_jax.find_states(opt_state.inner_states[name])[0]
         expected = 50.0 * (state.hess[name] + 1e-6)
         np.testing.assert_allclose(q.precision[name], expected, rtol=1e-6)
         chex.assert_trees_all_equal(q.bases[name], state.bases[name])
-    p = ivon_jax.prior(params, opt_state)
     assert np.isfinite(q.restricted({**q.trained, "scale": False}).kl_divergence(p))
 
 

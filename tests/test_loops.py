@@ -58,6 +58,14 @@ def test_a_sum_over_many_chunks_rounds_once():
     np.testing.assert_allclose(result, x.sum(dtype=np.float64), rtol=1e-7)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 3, 5, 99])
+def test_chunks_of_any_size_have_each_example_once(chunk_size):
+    x = jnp.arange(10.0)
+    assert loops.sum_examples(lambda v: v, x, chunk_size) == 45.0
+    doubled = loops.map_examples(lambda v: 2.0 * v, x, chunk_size)
+    np.testing.assert_array_equal(doubled, 2.0 * x)
+
+
 def test_an_infinite_sum_is_no_nan():
     x = jnp.array([1.0, jnp.inf, 2.0, 3e38, 3e38])
     assert loops.sum_examples(lambda v: v, x, chunk_size=1) == jnp.inf

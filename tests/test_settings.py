@@ -114,9 +114,10 @@ def test_an_unknown_task_is_named():
         recommended(100, 10, 10, task="vision")
 
 
-def test_a_sum_for_a_mean_is_told():
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_a_sum_for_a_mean_is_told(scale):
     def summed(params, x, y):
-        return losses(params, x, y).sum()
+        return scale * losses(params, x, y).sum()
 
     with pytest.warns(UserWarning, match="`loss_fn` must be a mean over examples"):
         recommended(20, 10, 10, params=PARAMS, loss_fn=summed, batch=(X, Y))
@@ -138,10 +139,14 @@ def test_a_loss_that_is_not_finite_is_told():
         recommended(20, 10, 10, params=PARAMS, loss_fn=infinite, batch=(X, Y))
 
 
-def test_a_mean_is_not():
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_a_mean_is_not(scale):
+    def scaled(params, x, y):
+        return scale * mean_loss(params, x, y)
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        recommended(20, 10, 10, params=PARAMS, loss_fn=mean_loss, batch=(X, Y))
+        recommended(20, 10, 10, params=PARAMS, loss_fn=scaled, batch=(X, Y))
 
 
 def test_it_beats_adamw_at_its_defaults_on_digits():

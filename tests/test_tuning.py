@@ -1,6 +1,8 @@
 """A sweep returns the settings of its best run, and no run by them is another."""
 
 import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +126,34 @@ def test_half_of_the_runs_goes_on_at_each_rung():
     tune(score=spied, num_trials=5, num_rungs=2)
     jax.effects_barrier()
     assert len(sizes) == 5 + 3
+
+
+def test_sixteen_trials_cost_eight_runs():
+    """A quarter of the steps of all, another of half of them, a half of a quarter."""
+    evaluations = []
+
+    def spied(params, x, y):
+        loss = loss_fn(params, x, y)
+        jax.debug.callback(lambda x: evaluations.append(float(x)), loss)
+        return loss
+
+    tune(loss_fn=spied, num_steps=8, num_trials=16, num_rungs=3)
+    jax.effects_barrier()
+    assert len(evaluations) == 8 * 8
+
+
+def test_a_bar_moves_where_tqdm_is_installed_and_changes_nothing(monkeypatch, best):
+    moves = []
+
+    def tqdm(parts, **_):
+        for part in parts:
+            moves.append(part)
+            yield part
+
+    for module in (types.SimpleNamespace(tqdm=tqdm), None):
+        monkeypatch.setitem(sys.modules, "tqdm.auto", module)
+        assert tune() == best
+    assert len(moves) == 8
 
 
 def test_runs_that_diverge_are_worst():
