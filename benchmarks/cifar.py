@@ -1,16 +1,19 @@
 """CIFAR-10 with ResNet-20: the paper's first table, as far as minutes on a GPU go.
 
-    python benchmarks/cifar.py --data cifar10_jpeg.npz           # 8 min on an H200
-    python benchmarks/cifar.py --depth 2 --width 2 --epochs 1 --pilot_epochs 1 \
+    python benchmarks/cifar.py --data cifar10_jpeg.npz --minutes 9
+    python benchmarks/cifar.py --data cifar10_jpeg.npz --pilot_epochs 10   # trials
+    python benchmarks/cifar.py --depth 2 --width 2 --epochs 1 --seeds 2 \
         --num_samples 2 --batch_size 90 --systems AdamW,IVON     # a look, on noise
 
 The network and the augmentation are resnet20.py's, the paper's, with batches of 200
 instead of 50 and fewer epochs; `--network resnet18` takes another one of zoo/. All
 train on nine tenths of the training images. Warm-up is the same share of the run as in
 the paper, and 1 - b2 is 2 over the number of steps, so that as much of h_0 is left.
-Each system first has six trials of `--pilot_epochs`: the paper's learning rate times 1,
-2 and 4, and two weight decays. That of the least NLL of its mean on the last tenth is
-the one of the table, with other seeds.
+
+The settings of each system are the best of six trials of ten epochs on an H200: the
+paper's learning rate times 1, 2 and 4, and two weight decays, scored by the NLL of the
+mean on the last tenth of the training images. For all but SGD that is the largest rate.
+`--pilot_epochs` has such trials again, and does nothing else.
 
 "no noise" is IVON with gradients at the mean and h left at h_0: momentum, weight decay
 and learning rate are IVON's, the posterior is taken out. "constant noise" is IVON with
@@ -19,11 +22,11 @@ weights, of the same entropy. "T" marks predictions whose temperature is chosen 
 other half of the test images. "all" averages the probabilities of all seeds, which for
 IVON is Multi-IVON. Differences have intervals over seeds and images.
 
-The runs of a system are one program, side by side; all steps of an epoch are one scan.
-Convolutions are matrix products, in bfloat16 (zoo/layers.py says why); parameters,
-normalisations, the loss and optimizers are float32. `--minutes` bounds the whole run:
-as many epochs as fit are trained, at most `--epochs`. What was measured is in
-`--results` at once, also of a run that is stopped.
+The runs of a system are one program, in turns, as GPUs are slow with convolutions side
+by side; all steps of an epoch are one scan. `--minutes` bounds the whole run: as many
+epochs as fit are trained, at most `--epochs`. What was measured is in `--results` at
+once, also of a run that is stopped. On one H200 an epoch of four systems with three
+seeds takes ten seconds.
 """
 
 import concurrent.futures
@@ -46,23 +49,26 @@ from common.scores import losses, over_seeds, right, scores
 from flax import nnx
 from scipy import ndimage
 from tqdm import tqdm
-from zoo.layers import by_products
 from zoo.resnet import ResNet
 
 import ivon_jax
 from ivon_jax.calibration import temperature_scaling
 
 FACTORS = 1.0, 2.0, 4.0  # of the paper's learning rates, which are of batches of 50
+DECAYS = 2e-4, 1e-3
 ivon = baselines.with_prior(functools.partial(baselines.ivon, hess_init=0.5))
-constant_noise = functools.partial(controls.with_constant_noise, hess_init=0.5)
-bsam = functools.partial(baselines.bsam, rho=0.05, damping=0.1)
-SYSTEMS = {  # name: the system, its learning rate, and weight decays
-    "AdamW": (baselines.adamw, 0.002, (2e-4, 0.1)),
-    "SGD": (baselines.with_prior(baselines.sgd), 0.1, (2e-4, 1e-3)),
-    "IVON": (ivon, 0.2, (2e-4, 1e-3)),
-    "no noise": (baselines.with_prior(controls.without_noise), 0.2, (2e-4, 1e-3)),
-    "constant noise": (baselines.with_prior(constant_noise), 0.2, (2e-4, 1e-3)),
-    "bSAM": (baselines.with_prior(bsam), 0.2, (2e-4, 1e-3)),
+without_noise = baselines.with_prior(controls.without_noise)
+constant_noise = baselines.with_prior(
+    functools.partial(controls.with_constant_noise, hess_init=0.5)
+)
+bsam = baselines.with_prior(functools.partial(baselines.bsam, rho=0.05, damping=0.1))
+SYSTEMS = {  # the system, the paper's rate, weight decays, and those of the best trial
+    "AdamW": (baselines.adamw, 0.002, (2e-4, 0.1), (0.008, 0.1)),
+    "SGD": (baselines.with_prior(baselines.sgd), 0.1, DECAYS, (0.2, 2e-4)),
+    "IVON": (ivon, 0.2, DECAYS, (0.8, 2e-4)),
+    "no noise": (without_noise, 0.2, DECAYS, (0.8, 1e-3)),
+    "constant noise": (constant_noise, 0.2, DECAYS, (0.8, 1e-3)),
+    "bSAM": (bsam, 0.2, DECAYS, (0.8, 1e-3)),
 }
 ONE_VARIANCE = "IVON, one variance"
 PUBLISHED = {  # accuracy and NLL after 200 epochs (Table 2)
@@ -82,6 +88,13 @@ SHIFTS = {  # of images in [0, 255], by severity 1 to 5
 DIGITS = {"accuracy %": 2, "NLL": 4, "ECE": 4, "Brier": 4}
 
 
+def check_systems(names):
+    """Reject what is no system."""
+    for name in names.split(","):
+        if name not in SYSTEMS:
+            raise ValueError(f"must be of {', '.join(SYSTEMS)}")
+
+
 def check_network(name):
     """Reject what is no network for images of 32 pixels."""
     if name not in NETWORKS:
@@ -93,9 +106,10 @@ class Config:
     """Every knob of this run; each field is also a command-line flag."""
 
     data: str = "synthetic"  # an npz file as benchmarks/resnet20.py reads it
-    systems: str = ",".join(SYSTEMS)
+    systems: Annotated[str, check_systems] = "AdamW,SGD,IVON,no noise"
+    pilot_epochs: Annotated[int, flags.between(0)] = 0  # of trials, and nothing else
     epochs: Count = 60  # at most
-    pilot_epochs: Count = 10
+    seeds: Count = 3
     minutes: Positive = 60.0  # for everything
     batch_size: Count = 200
     network: Annotated[str, check_network] = "resnet20"
@@ -139,10 +153,13 @@ class Problem(baselines.Problem):
 def create_network(config, rngs):
     """Return a ResNet of this size, or another of the paper's networks."""
     if config.network == "resnet20":
-        model = ResNet(config.depth, config.width, 10, rngs)
-    else:
-        model = zoo.create(config.network, 10, rngs)
-    return by_products(model, jnp.bfloat16)
+        return ResNet(config.depth, config.width, 10, rngs)
+    return zoo.create(config.network, 10, rngs)
+
+
+def in_turns(fn):
+    """As `jax.vmap` of all arguments, but one after the other."""
+    return lambda *args: jax.lax.map(lambda xs: fn(*xs), args)
 
 
 class Runs:
@@ -150,23 +167,20 @@ class Runs:
 
     def __init__(self, name, num_data, config):
         self.name, self.num_data, self.config = name, num_data, config
-        system, rate, decays = SYSTEMS[name]
+        system, rate, decays, chosen = SYSTEMS[name]
         self.prior = "weight_decay" if name == "AdamW" else "prior_precision"
-        scale = 1.0 if name == "AdamW" else num_data
+        self.scale = 1.0 if name == "AdamW" else num_data
         self.trials = [
-            {"learning_rate": rate * factor, self.prior: scale * decay}
+            self.setting(rate * factor, decay)
             for factor, decay in itertools.product(FACTORS, decays)
         ]
+        self.chosen = self.setting(*chosen)
         self.rows = self._rows(system, config.num_samples)
         self.graphdef = nnx.graphdef(create_network(config, nnx.Rngs(0)))
         self.system = system
-        self.start = jax.jit(jax.vmap(self._start))
-        self.epoch = jax.jit(
-            jax.vmap(self._epoch, in_axes=(0, 0, 0, None, None, None)), donate_argnums=0
-        )
-        self.probs = jax.jit(
-            jax.vmap(self._probs, (None, None, 0, 0, 0, None)), static_argnums=(0, 1)
-        )
+        self.start = jax.jit(in_turns(self._start))
+        self.epoch = jax.jit(self._epoch, donate_argnums=0)
+        self.probs = jax.jit(self._probs, static_argnums=(0, 1))
 
     def _rows(self, system, num_samples):
         """Return {row of the table: (how to predict, draws)}; the mean's is first."""
@@ -181,8 +195,13 @@ class Runs:
 
     def describe(self, setting):
         """Return what a table says of a setting."""
-        decay = setting[self.prior] / (1.0 if self.name == "AdamW" else self.num_data)
+        decay = setting[self.prior] / self.scale
         return {"learning rate": setting["learning_rate"], "weight decay": decay}
+
+    def setting(self, learning_rate, weight_decay):
+        """Return hyperparameters as the system names them."""
+        prior = {self.prior: self.scale * weight_decay}
+        return {"learning_rate": learning_rate, **prior}
 
     def problem(self, length):
         """Return what to learn in that many steps."""
@@ -201,34 +220,42 @@ class Runs:
         problem = self.problem(SOME)
         return self.system(problem, **setting).init(problem.init(key))
 
-    def _epoch(self, state, key, setting, epoch, length, data):
-        """Train for an epoch."""
+    def _epoch(self, states, keys, settings, epoch, length, data):
+        """Train all runs for an epoch."""
         images, labels = data
-        run = self.system(self.problem(length), **setting)
-        order_key, step_key = jax.random.split(jax.random.fold_in(key, epoch))
         size = self.config.batch_size
-        order = jax.random.permutation(order_key, self.num_data)
-        order = order[: self.num_data // size * size].reshape(-1, size)
 
-        def step(state, xs):
-            indices, key = xs
-            augment_key, noise_key = jax.random.split(key)
-            batch = resnet20.augment(augment_key, images[indices]), labels[indices]
-            return run.step(noise_key, state, *batch), None
+        def one_run(state, key, setting):
+            run = self.system(self.problem(length), **setting)
+            order_key, step_key = jax.random.split(jax.random.fold_in(key, epoch))
+            order = jax.random.permutation(order_key, self.num_data)
+            order = order[: self.num_data // size * size].reshape(-1, size)
 
-        keys = jax.random.split(step_key, len(order))
-        return jax.lax.scan(step, state, (order, keys))[0]
+            def step(state, xs):
+                indices, key = xs
+                augment_key, noise_key = jax.random.split(key)
+                batch = resnet20.augment(augment_key, images[indices]), labels[indices]
+                return run.step(noise_key, state, *batch), None
 
-    def _probs(self, system, num_samples, state, key, setting, images):
-        """Average the probabilities (N, C) over draws."""
-        outputs = system(self.problem(SOME), **setting).outputs
+            keys = jax.random.split(step_key, len(order))
+            return jax.lax.scan(step, state, (order, keys))[0]
 
-        def add(total, key):
-            return total + nnx.softmax(outputs(key, state, images)), None
+        return in_turns(one_run)(states, keys, settings)
 
-        keys = jax.random.split(key, num_samples)
-        total, _ = jax.lax.scan(add, jnp.zeros((len(images), 10)), keys)
-        return total / num_samples
+    def _probs(self, system, num_samples, states, keys, settings, images):
+        """Average the probabilities (N, C) of each run over draws."""
+
+        def one_run(state, key, setting):
+            outputs = system(self.problem(SOME), **setting).outputs
+
+            def add(total, key):
+                return total + nnx.softmax(outputs(key, state, images)), None
+
+            keys = jax.random.split(key, num_samples)
+            total, _ = jax.lax.scan(add, jnp.zeros((len(images), 10)), keys)
+            return total / num_samples
+
+        return in_turns(one_run)(states, keys, settings)
 
     def predict(self, row, states, settings, images):
         """Return probabilities (runs, N, C), with the same draws for all images."""
@@ -242,28 +269,20 @@ class Runs:
         return jnp.concatenate(probs, axis=1)
 
 
-def train(runs, key, settings, epochs, data, test, bar, keep):
-    """Train all runs; return their states, and the seconds of the fastest epoch.
-
-    Every few epochs `keep` gets the scores of the means on `test`.
-    """
+def train(runs, key, settings, epochs, data, bar, keep=lambda _epoch, _states: None):
+    """Train all runs; return their states. `keep` sees them after some epochs."""
     init_key, train_key = jax.random.split(key)
     count = len(jax.tree.leaves(settings)[0])
     states = runs.start(jax.random.split(init_key, count), settings)
     keys = jax.random.split(train_key, count)
     length = float(epochs * (runs.num_data // runs.config.batch_size))
-    fastest = float("inf")
     for epoch in range(epochs):
-        begin = time.perf_counter()
         states = runs.epoch(states, keys, settings, epoch, length, data)
         jax.block_until_ready(states)
-        fastest = min(fastest, time.perf_counter() - begin)
         bar.update()
         if epoch + 1 == epochs or (epoch + 1) % runs.config.eval_every == 0:
-            probs = runs.predict(next(iter(runs.rows)), states, settings, test[0])
-            row = over_seeds([scores(p, test[1]) for p in probs])
-            keep({"epoch": epoch + 1, **row})
-    return states, fastest
+            keep(epoch + 1, states)
+    return states
 
 
 def temper(probs, labels):
@@ -392,60 +411,76 @@ def spread(states):
 
 
 def main():
-    """Choose the settings, train, and keep what comes."""
+    """Have trials, or train with the settings that others chose."""
     config, start = flags.parse(Config, __doc__), time.perf_counter()
     (images, labels), test = load(config)
+    cut = len(labels) // 10 * 9
+    data = jnp.asarray(images[:cut]), jnp.asarray(labels[:cut])
+    systems = [Runs(name, cut, config) for name in config.systems.split(",")]
+    if config.pilot_epochs:
+        validation = images[cut:], jnp.asarray(labels[cut:])
+        pilot(systems, data, validation, config)
+    else:
+        evaluate(systems, data, test, config, start)
+
+
+def together(fn, *args):
+    """Call ``fn`` for all systems at once: compiling takes longer than training."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(fn, *args))
+
+
+def pilot(systems, data, validation, config):
+    """Have the trials of all systems."""
+    study, lock = results.Study(config), threading.Lock()
+
+    def run(runs):
+        settings = baselines.stacked(runs.trials, 1)
+        args = settings, config.pilot_epochs, data, bar
+        states = train(runs, jax.random.key(1), *args)
+        probs = runs.predict(next(iter(runs.rows)), states, settings, validation[0])
+        nll = [scores(p, validation[1])["NLL"] for p in probs]
+        with lock:
+            study.trials(runs.name, list(map(runs.describe, runs.trials)), nll)
+
+    total = config.pilot_epochs * len(systems)
+    with tqdm(total=total, unit="epoch", leave=False) as bar:
+        together(run, systems)
+
+
+def evaluate(systems, data, test, config, start):
+    """Train with other seeds, and keep the scores on the test images."""
+    settings = [baselines.stacked([runs.chosen], config.seeds) for runs in systems]
     shifts = shifted(test[0])
     report = Report(config, jnp.asarray(test[1]), shifts)
     everything = np.concatenate([test[0], *shifts.values()])
-    cut = len(labels) // 10 * 9
-    data = jnp.asarray(images[:cut]), jnp.asarray(labels[:cut])
-    validation = images[cut:], jnp.asarray(labels[cut:])
-    systems = [Runs(name, cut, config) for name in config.systems.split(",")]
 
-    def stacked(settings, repeats):
-        return baselines.stacked(settings, repeats)
+    def first(runs, setting):
+        train(runs, jax.random.key(0), setting, 1, data, bar)
 
-    def pilot(runs):
-        log, settings = [], stacked(runs.trials, 1)
-        _, seconds = train(
-            runs, jax.random.key(1), settings, config.pilot_epochs, data, validation,
-            bar, log.append,
-        )  # fmt: skip
-        settings = [runs.describe(setting) for setting in runs.trials]
-        with report.lock:
-            best = report.kept.trials(runs.name, settings, log[-1]["NLL"])
-        return runs.trials[best], seconds
+    def run(runs, setting):
+        def keep(epoch, states):
+            probs = runs.predict(next(iter(runs.rows)), states, setting, test[0])
+            row = over_seeds([scores(p, report.labels) for p in probs])
+            report.log(runs.name, {"epoch": epoch, **row})
 
-    def final(runs, setting):
-        settings = stacked([setting], len(runs.trials))
-        states, _ = train(
-            runs, jax.random.key(2), settings, epochs, data, test, bar,
-            functools.partial(report.log, runs.name),
-        )  # fmt: skip
+        states = train(runs, jax.random.key(2), setting, epochs, data, bar, keep)
         probs = {
-            row: np.asarray(runs.predict(row, states, settings, everything))
+            row: np.asarray(runs.predict(row, states, setting, everything))
             for row in runs.rows
         }
         report.add(probs, states)
 
-    def compile_all(runs):
-        settings = stacked(runs.trials, 1)
-        args = settings, 1, data, validation, bar, lambda _: None
-        train(runs, jax.random.key(0), *args)
-
-    # Together, because compiling takes longer than training.
-    with concurrent.futures.ThreadPoolExecutor(len(systems)) as pool:
-        total = (1 + config.pilot_epochs) * len(systems)
-        with tqdm(total=total, unit="epoch", leave=False) as bar:
-            list(pool.map(compile_all, systems))
-            print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
-            chosen, seconds = zip(*pool.map(pilot, systems), strict=True)
-        left = 60 * config.minutes - (time.perf_counter() - start)
-        epochs = int(np.clip(left / max(seconds) - RESERVED, 1, config.epochs))
-        report.kept.table("length", [{"epochs": epochs, "s / epoch": max(seconds)}])
-        with tqdm(total=epochs * len(systems), unit="epoch", leave=False) as bar:
-            list(pool.map(final, systems, chosen))
+    with tqdm(total=2 * len(systems), unit="epoch", leave=False) as bar:
+        together(first, systems, settings)  # compiles
+        begin = time.perf_counter()
+        together(first, systems, settings)
+    seconds = time.perf_counter() - begin
+    left = 60 * config.minutes - (time.perf_counter() - start)
+    epochs = int(np.clip(left / seconds - RESERVED, 1, config.epochs))
+    report.kept.table("length", [{"epochs": epochs, "s / epoch": seconds}])
+    with tqdm(total=epochs * len(systems), unit="epoch", leave=False) as bar:
+        together(run, systems, settings)
     report.compare()
 
 

@@ -18,8 +18,8 @@ run() {
 if [ "$size" = dry ]; then
     run gpt2_step gpt2_step_gpu --sizes tiny --dtypes bfloat16 --steps 2 --keys threefry2x32,rbg
     run overhead overhead_gpu --models "" --sizes 1e5 --arrays 4 --mc_samples 1 --rounds 1
-    run cifar cifar_gpu --depth 2 --width 2 --epochs 1 --pilot_epochs 1 \
-        --num_samples 2 --batch_size 90 --systems IVON
+    run cifar cifar_gpu --depth 2 --width 2 --epochs 1 --seeds 2 \
+        --num_samples 2 --batch_size 90 --systems AdamW,IVON
     exit
 fi
 for sizes in small medium; do
@@ -27,4 +27,4 @@ for sizes in small medium; do
         --steps 20 --keys threefry2x32,rbg
 done
 run overhead overhead_gpu --models "" --sizes 1e6,1e7,1e8 --arrays 4 --mc_samples 1 --rounds 5
-run cifar cifar_gpu --data "$data" --pilot_epochs 3 --minutes 8
+run cifar cifar_gpu --data "$data" --minutes 8.5

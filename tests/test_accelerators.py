@@ -8,10 +8,13 @@ import textwrap
 import accelerators
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from accelerators import Case, Config
 from common import programs
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P, SingleDeviceSharding
+
+from ivon_jax._arrays.noise import normal
 
 # Integers as many as the embeddings or a kernel of the small GPT-2.
 WEIGHTS = re.compile(r"u32\[(50304,768|12,(768,3072|3072,768|768,3,12,64))\]")
@@ -145,12 +148,43 @@ def installed(name):
         return False
 
 
-@pytest.mark.skipif(
-    not all(map(installed, accelerators.NEEDED.values())),
-    reason="needs the extra `accelerators`",
-)
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("optimized", "implicit_ranks", "standard_promotion")
+def with_compilers(test):
+    """Run only where both compilers are, as a user's program."""
+    skip = pytest.mark.skipif(
+        not all(map(installed, accelerators.NEEDED.values())),
+        reason="needs the extra `accelerators`",
+    )
+    names = "optimized", "implicit_ranks", "standard_promotion"
+    test = pytest.mark.usefixtures(*names)(skip(test))
+    return pytest.mark.filterwarnings("ignore")(test)
+
+
+@with_compilers
+@pytest.mark.parametrize("chip", ["v5e:2x2", "h100:1"])
+@pytest.mark.parametrize("size", [64, 70_000])
+def test_what_is_broadcast_is_drawn_once(chip, size):
+    """No fusion that makes the activations has a hash, which it would have for each."""
+    shape = 512, size
+
+    def network(key, x):
+        scale_key, bias_key = jax.random.split(key)
+        scale, bias = (normal(k, (size,), jnp.float32) for k in (scale_key, bias_key))
+        return jax.nn.relu(x * scale + bias)
+
+    device = np.ravel(accelerators.topology(chip).devices)[0]
+    here = SingleDeviceSharding(device)
+    args = (
+        accelerators.abstract(jax.eval_shape(lambda: jax.random.key(0)), here),
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here),
+    )
+    text = jax.jit(network).lower(*args).compile().as_text()
+    *computations, _ = re.split(r"\n(?=%|ENTRY)", text)
+    fused = [c for c in computations if f"f32[512,{size}]" in c]
+    assert fused
+    assert max(c.count("shift-left(") for c in fused) == 0
+
+
+@with_compilers
 @pytest.mark.parametrize(("case", "system", "bounds"), BOUNDS, ids=str)
 def test_step_keeps_within_its_bounds(case, system, bounds):
     """Both compilers fuse the noise into theta: no array of bits is in memory."""

@@ -26,7 +26,7 @@ def outputs(theta):
     return {
         "mean": theta["w"],
         "positive": theta["w"] > 0,
-        "pair": (theta["w"].sum(), theta["w"].astype(jnp.bfloat16)),
+        "pair": (theta["w"].sum(), jnp.sign(theta["w"]).astype(jnp.bfloat16)),
     }
 
 

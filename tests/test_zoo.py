@@ -1,6 +1,5 @@
 """The paper's networks: their numbers of parameters, parts, and steps of IVON."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -263,49 +262,3 @@ def test_gru_is_its_formula(key):
         expected.append(state)
     states = layer(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(states, np.stack(expected, 1), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("size", "window", "stride", "padding"),
-    [
-        (8, 3, 1, "SAME"),
-        (8, 3, 2, "SAME"),
-        (9, 3, 2, "SAME"),
-        (8, 1, 2, "SAME"),
-        (8, 5, 1, "VALID"),
-        (7, 2, 1, "SAME"),
-        (9, 7, 2, ((3, 3), (3, 3))),
-    ],
-)
-def test_convolutions_are_products(key, size, window, stride, padding):
-    """Values and gradients, of several filters at once."""
-    images_key, filters_key = jax.random.split(key)
-    images = jax.random.normal(images_key, (400, size, size, 3))
-    filters = jax.random.normal(filters_key, (2, window, window, 3, 4))
-    numbers = "NHWC", "HWIO", "NHWC"
-
-    def values_and_grads(convolve, **options):
-        def loss(filters, images):
-            y = convolve(images, filters, (stride, stride), padding, **options)
-            return jnp.mean(jnp.sin(y)), y
-
-        grad_fn = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        return jax.vmap(grad_fn, (0, None))(filters, images)
-
-    expected = values_and_grads(jax.lax.conv_general_dilated, dimension_numbers=numbers)
-    chex.assert_trees_all_close(
-        values_and_grads(layers.convolve), expected, rtol=1e-4, atol=1e-5
-    )
-
-
-def test_a_network_of_products_is_the_same_network(key):
-    """In float32 exactly, in bfloat16 nearly; parameters stay float32."""
-    images = jax.random.bits(key, (4, 32, 32, 3), jnp.uint8)
-    model = resnet.ResNet(8, 4, 10, nnx.Rngs(0))
-    expected = model(images)
-    same = layers.by_products(model, jnp.float32)(images)
-    np.testing.assert_allclose(same, expected, rtol=1e-4, atol=1e-5)
-    half = layers.by_products(model, jnp.bfloat16)(images)
-    np.testing.assert_allclose(half, expected, atol=0.02 * jnp.std(expected))
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))}
-    assert dtypes == {jnp.dtype("float32")}

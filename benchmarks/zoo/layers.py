@@ -1,6 +1,5 @@
 """What the networks share: first weights, normalisation of images and of channels."""
 
-import itertools
 import math
 
 import jax
@@ -31,11 +30,10 @@ class FilterResponseNorm(nnx.Module):
         self.threshold = nnx.Param(jnp.zeros(features))
 
     def __call__(self, x):
-        """Map (N, height, width, features) to the same shape and type, in float32."""
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(wide**2, axis=(1, 2), keepdims=True)
-        y = self.scale[...] * wide * jax.lax.rsqrt(mean_square + 1e-6)
-        return jnp.maximum(y + self.bias[...], self.threshold[...]).astype(x.dtype)
+        """Map (N, height, width, features) to the same shape."""
+        mean_square = jnp.mean(x**2, axis=(1, 2), keepdims=True)
+        x = x * jax.lax.rsqrt(mean_square + 1e-6)
+        return jnp.maximum(self.scale[...] * x + self.bias[...], self.threshold[...])
 
 
 def conv(in_features, features, size, rngs, *, stride=1, bias=True, **options):
@@ -67,47 +65,3 @@ def pool(x, size):
 def flatten(x):
     """Map (N, ...) to (N, features)."""
     return x.reshape(len(x), math.prod(x.shape[1:]))
-
-
-def by_products(model, dtype):
-    """Let the convolutions of a network be matrix products, of this type.
-
-    Under `jax.vmap` over parameters they are batched products, where XLA makes grouped
-    convolutions of convolutions, which GPUs compile and run slowly. The price is
-    memory: each pixel has a copy of its neighbours, nine values for one.
-    """
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, nnx.Conv):
-            module.conv_general_dilated, module.dtype = convolve, dtype
-        elif isinstance(module, nnx.Linear):
-            module.dtype = jnp.float32
-    return model
-
-
-def convolve(images, filters, strides, padding, **_):
-    """Convolve as `jax.lax.conv_general_dilated` does, without its other options.
-
-    Images are cut into groups of some thousand pixels. The gradient of a filter sums
-    over all pixels; so it is the sum of many short products, which fill a device.
-    """
-    (count, *sizes, _), (*window, _, features) = images.shape, filters.shape
-    pads = padding
-    if isinstance(padding, str):
-        pads = jax.lax.padtype_to_pads(sizes, window, strides, padding)
-    images = jnp.pad(images, ((0, 0), *pads, (0, 0)))
-    rows, columns = (
-        (size + sum(pad) - length) // stride + 1
-        for size, pad, length, stride in zip(sizes, pads, window, strides, strict=True)
-    )
-    height, width = (rows - 1) * strides[0] + 1, (columns - 1) * strides[1] + 1
-    neighbours = [
-        images[:, i : i + height : strides[0], j : j + width : strides[1]]
-        for i, j in itertools.product(*map(range, window))
-    ]
-    neighbours = jnp.concatenate(neighbours, axis=-1)
-    groups = math.gcd(count, max(1, count * rows * columns // 8192))
-    neighbours = neighbours.reshape(groups, -1, neighbours.shape[-1])
-    filters = jnp.broadcast_to(
-        filters.reshape(-1, features), (groups, neighbours.shape[-1], features)
-    )
-    return (neighbours @ filters).reshape(count, rows, columns, features)

@@ -53,13 +53,14 @@ def normal(key, shape, dtype, out_sharding=None):
     """Draw standard normal numbers, the same on every mesh; float64 is jax's."""
     if dtype != jnp.float32:
         return jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
-    # Small ones and vectors are biases and scales, broadcast over activations. Fused,
-    # their noise would be drawn again for every activation; jax's loop prevents it.
     large = len(shape) > 1 and 2**15 <= math.prod(shape) < 2**32
     if large and jax.random.key_impl(key) == "threefry2x32":
         return quantile(_bits(jax.random.key_data(key), shape, out_sharding))
     bits = jax.random.bits(key, shape, jnp.uint32, out_sharding=out_sharding)
-    return quantile(bits)
+    # Small ones and vectors are biases and scales, broadcast over activations. Fused,
+    # their noise would be drawn again for every activation. On CPUs jax's loop prevents
+    # it, on GPUs the barrier.
+    return jax.lax.optimization_barrier(quantile(bits))
 
 
 def quantile(bits):
