@@ -221,7 +221,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused_at_the_start(inside, tmp_p
 
 
 PROGRAM = """
-import pathlib, resource, shutil, signal, sys, time
+import os, pathlib, resource, shutil, signal, sys, time
 import jax, jax.numpy as jnp
 from checkpoint import Folder, ends_at_once
 
@@ -240,6 +240,11 @@ def main(folder, failure):
         elif failure == "file":
             shutil.rmtree(folder)
             pathlib.Path(folder).touch()
+        elif failure == "read-only":
+            for path in (folder, *pathlib.Path(folder).iterdir()):
+                os.chmod(path, 0o500)
+            if os.access(folder, os.W_OK):
+                raise SystemExit("may write all the same")
         elif failure == "file, in Orbax":
             saved._try_a_write = lambda: (shutil.rmtree(folder), open(folder, "w"))
         saved.save(2, state, [])
@@ -265,16 +270,22 @@ def start(folder, failure):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failure", ["full disk", "file", "file, in Orbax"])
+@pytest.mark.parametrize(
+    "failure", ["full disk", "read-only", "file", "file, in Orbax"]
+)
 def test_a_write_that_fails_ends_the_process_at_once(failure, tmp_path):
     """With one clear message; Orbax's threads alone would hold it for 300 seconds."""
     process = start(tmp_path / "run", failure)
     stdout, stderr = process.communicate(timeout=120)
+    if "may write all the same" in stderr:
+        pytest.skip("this user may write into what is read-only")
     assert process.returncode == 1
     assert f"Cannot write a checkpoint to {tmp_path / 'run'}: " in stderr
     assert "Traceback" not in stderr
     assert not stdout
-    if failure == "full disk":  # the first one is complete
+    if failure in ("full disk", "read-only"):  # the first one is complete
+        for path in (tmp_path / "run", *(tmp_path / "run").iterdir()):
+            path.chmod(0o700)
         with Folder(tmp_path / "run", {}) as folder:
             assert folder.restore({"w": jnp.zeros((300, 1000))})[2] == 1
 
