@@ -61,7 +61,7 @@ class Config:
     batch_size: Count = 50
     steps: Count = 4000  # of training
     tuning_seeds: Count = 2
-    seeds: Count = 3
+    seeds: Count = 5
     members: Count = 5  # of an ensemble
     num_samples: Count = 256  # draws of one posterior
     full: int = 0  # 1: 8 chains of 2000 draws, 20000 steps and ten seeds
@@ -224,6 +224,7 @@ ROWS = {
     "BBB": ("BBB", baselines.bbb, False),
     "IVON@mean": ("IVON", baselines.at_mean(baselines.ivon), False),
     "IVON": ("IVON", baselines.ivon, False),
+    "EVON": ("EVON", baselines.evon, False),
     "Deep ensemble": ("SGD", baselines.sgd, True),
     "Multi-SWAG": ("SWAG", baselines.swag, True),
     "Multi-IVON": ("IVON", baselines.ivon, True),
@@ -233,6 +234,10 @@ ROWS = {
 def grids(task, config):
     """Return nine trials for each system."""
     maximum = {"learning_rate": np.geomspace(0.02, 0.5, 9) * task.rate}
+    gaussian = {
+        "learning_rate": np.array((0.3, 1.0, 3.0)) * task.rate,
+        "hess_init": (0.1, 0.3, 1.0),
+    }
     of_values = {
         "AdamW": {
             "learning_rate": (3e-3, 1e-2, 3e-2),
@@ -248,10 +253,8 @@ def grids(task, config):
             "learning_rate": (3e-3, 1e-2, 3e-2),
             "hess_init": (0.1, 1.0, 10.0),
         },
-        "IVON": {
-            "learning_rate": np.array((0.3, 1.0, 3.0)) * task.rate,
-            "hess_init": (0.1, 0.3, 1.0),
-        },
+        "IVON": gaussian,
+        "EVON": gaussian,
     }
     return {
         name: [
