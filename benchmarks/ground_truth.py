@@ -374,7 +374,8 @@ def compare(study, name, task, config):
         tables.record({"system": system}, columns_of(task), np.transpose(runs))
         for system, runs in measured.items()
     ]
-    study.table(f"{name}: test", rows)
+    digits = {column: 1 for column in columns_of(task) if "%" in column}
+    study.table(f"{name}: test", rows, digits)
 
 
 def main():
