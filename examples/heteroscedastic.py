@@ -134,12 +134,13 @@ inside = (test_x > GAP[0]) & (test_x < GAP[1])
 for place, where in {"on the data": ~inside, "in the gap": inside}.items():
     for name, (mean, variance, *_) in systems.items():
         args = mean, variance, test_y, 0.9
-        print(f"{place}, {name}: {metrics.interval_coverage(*args, where=where):.2f}")
+        share = metrics.interval_coverage(*args, where=where)
+        print(f"{place}, {name}: {share:.2f}")
 
 # %%
-# Below are the two parts of a standard deviation. In the gap five networks disagree more
-# than on the data, samples of IVON do not: a Gaussian without correlations between the
-# weights can't be sure on both sides and unsure in between.
+# Below are the two parts of a standard deviation. In the gap five networks disagree
+# more than on the data, samples of IVON do not: a Gaussian without correlations between
+# the weights can't be sure on both sides and unsure in between.
 
 figure, axes = plt.subplots(
     2, 2, figsize=(8, 5), sharex=True, sharey="row", layout="constrained"

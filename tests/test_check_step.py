@@ -82,10 +82,11 @@ class Step:
     told: Any = theta
     moved: Any = lambda given: added(given.params, given.updates)
     kept: Any = lambda given: given.new_state
+    family: Any = ivon_jax.ivon
     settings: dict = dataclasses.field(default_factory=dict)
 
     def tx(self):
-        return ivon_jax.ivon(**(SETTINGS | self.settings))
+        return self.family(**(SETTINGS | self.settings))
 
     def arguments(self):
         return PARAMS, self.tx().init(PARAMS), INPUTS, LABELS, TRAIN_KEY
@@ -286,6 +287,35 @@ HEALTHY = {
 @pytest.mark.parametrize(("step", "args"), HEALTHY.values(), ids=HEALTHY)
 def test_nothing_is_said_of_a_healthy_step(step, args):
     assert check(step, *(args or step.arguments())).advice == []
+
+
+IN_BASES = (
+    *("summed_loss", "gradient_at_the_mean", "another_draw_told", "one_key_for_all"),
+    *("updated_from_theta", "updates_subtracted", "batch_normalisation"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_BASES)
+def test_mistakes_are_told_in_bases_of_evon_too(name):
+    step, sentence = MISTAKES[name]
+    step = dataclasses.replace(step, family=ivon_jax.evon)
+    [advice] = check(jax.jit(lambda *args: step(*args)), *step.arguments()).advice
+    assert is_sentence(advice, sentence)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["", "hess_clip", "prior"])
+def test_nothing_is_said_of_a_healthy_step_of_evon(name):
+    """Also of a later one, in other bases. With a prior there are few numbers."""
+    values = {"": {}, "hess_clip": {"hess_clip": 2.0}, "prior": {"prior": PRIOR}}
+    step = Step(family=ivon_jax.evon, settings=values[name])
+    args = step.arguments()
+    for _ in range(3):
+        diagnosis = check(jax.jit(lambda *args: step(*args)), *args)
+        assert diagnosis.advice == []
+        assert ("descent" in diagnosis.numbers) == (name != "prior")
+        args = *step(*args), *args[2:]
 
 
 def test_arguments_that_a_jitted_step_donates_stay():

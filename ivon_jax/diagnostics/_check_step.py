@@ -51,8 +51,8 @@ def check_step(
 
     Returns:
       A `Diagnosis`. Its numbers are those of the module's docstring, in host memory and
-      float64: use a small model of the same code where that is too much. Of an
-      optimizer whose state isn't `ivon_jax.IVONState`, there are only a few.
+      float64: use a small model of the same code where that is too much. Of `evon`
+      with a prior, and of an optimizer of your own, there are only a few.
 
     Raises:
       TypeError, ValueError: there are no parameters or no state in `args`, the step

@@ -6,6 +6,7 @@ so what becomes of `h` says which :math:`\hat h` went in, and with it which samp
 :math:`\theta - m = \hat h \sigma^2 / \hat g`.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._optimizer import posterior as readers
-from .._optimizer.state import IVONState, find_states, owned as own
+from .._optimizer.state import EVONState, IVONState, find_states, owned as own
 from . import _roles
+
+FIRM = 1e20  # statistics beside which a gradient's square is below rounding
 
 
 class Taken(NamedTuple):
@@ -77,8 +80,8 @@ class DryRun:
         """Return the arrays of parameters and state among the arguments' leaves."""
         return [leaves[i] for i in (*self._found.params, *self._found.opt_state)]
 
-    def states(self, leaves: list[Any]) -> list[IVONState]:
-        """Return the states of IVON."""
+    def states(self, leaves: list[Any]) -> list[IVONState | EVONState]:
+        """Return the states of IVON, and of EVON."""
         return find_states(self._structure.unflatten(leaves))
 
     def _params(self, leaves):
@@ -162,6 +165,7 @@ class DryRun:
 
         Some steps make their key of the state's count: another key is another count.
         """
+        args = jax.tree.map(_on_axes, args, is_leaf=_is_evon)
         arrays = [h for s in find_states(args) for h in jax.tree.leaves(s.hess)]
         pieces = iter(arrays if hess is None else _pieces(hess, arrays))
 
@@ -176,6 +180,29 @@ class DryRun:
             )
 
         return jax.tree.map(first, args, is_leaf=_is_ivon)
+
+
+def _is_evon(node):
+    return isinstance(node, EVONState)
+
+
+def _on_axes(node):
+    """A state of EVON with the axes for bases, in which it does what IVON does.
+
+    They are the eigenvectors of statistics so large that no gradient turns them.
+    """
+    if not _is_evon(node):
+        return node
+
+    def scaled(scale, x):
+        return _put(scale * np.eye(np.shape(x)[-1]), x)
+
+    return node._replace(
+        flat_bases=jax.tree.map(functools.partial(scaled, 1.0), node.flat_bases),
+        flat_statistics=jax.tree.map(
+            functools.partial(scaled, FIRM), node.flat_statistics
+        ),
+    )
 
 
 def _is_ivon(node):

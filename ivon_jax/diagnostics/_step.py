@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._optimizer.state import IVONState
+from .._optimizer.state import EVONState, IVONState
 from ._dry_run import DryRun, Taken
 
 NUM_NOISY = 64  # the most entries with noise in the probes of the sample
@@ -31,8 +31,7 @@ def of_step(
     before, after = dry.carried(dry.leaves), dry.carried(leaves)
     numbers["recompiled"] = _num_changed(before, after)
     numbers["non_finite"] = float(np.mean(~np.isfinite(dry.mean(leaves))))
-    plain = all(isinstance(state, IVONState) for state in dry.states(leaves))
-    if not plain or numbers["non_finite"]:
+    if not all(map(_is_known, dry.states(leaves))) or numbers["non_finite"]:
         return numbers, dry
     # Before its first step, `sampled` has no sample yet.
     start = leaves if dry.is_sampled else dry.leaves
@@ -44,6 +43,12 @@ def of_step(
         if not dry.is_sampled:
             numbers |= probes.of_sample()
     return numbers, dry
+
+
+def _is_known(state):
+    """Tell whether a state is IVON's, or EVON's without a prior in bases of its own."""
+    is_evon = isinstance(state, EVONState)
+    return isinstance(state, IVONState) or (is_evon and state.own_prior is None)
 
 
 def _steps_between(dry, leaves):
@@ -111,7 +116,7 @@ class _Probes:
     def of_length(self, grad: np.ndarray, num_steps: int | None) -> dict[str, float]:
         """Measure how far steps lead, and whether they go down."""
         dry, leaves, mean = self.dry, self.leaves, self.mean
-        state: Any = dry.states(leaves)[0]  # with settings: all of them are IVON's
+        state: Any = dry.states(leaves)[0]  # with settings
         horizon = num_steps or 1.0 / float(state.one_minus_b2)
         # Schedules warm up and decay: the longest step counts.
         counts = [None, *sorted({int(horizon * x) for x in (1e-3, 0.03, 0.1, 0.5)})]
