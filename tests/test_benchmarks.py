@@ -42,6 +42,8 @@ RESULTS_SAY = [
     "higher than SGD's ({recurrent > test > SGD > NLL})",
     "shifted digits (IVON {ablations_digits > shifted > 5; IVON > NLL}, SGD "
     "{ablations_digits > shifted > 5; SGD > NLL})",
+    "on digits ({ablations_digits > samples in prediction > 16 > NLL} for "
+    "{ablations_digits > samples in prediction > mean > NLL})",
     "on digits (Multi-IVON {uncertainty_digits > in domain > Multi-IVON > NLL}, "
     "ensemble {uncertainty_digits > in domain > Deep ensemble > NLL})",
     "on MNIST (Multi-IVON {uncertainty_mnist > in domain > Multi-IVON > NLL}, "
