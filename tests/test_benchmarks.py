@@ -40,6 +40,8 @@ RESULTS_SAY = [
     "network (IVON {recurrent > test > IVON > NLL}, AdamW "
     "{recurrent > test > AdamW > NLL})",
     "higher than SGD's ({recurrent > test > SGD > NLL})",
+    "(IVON {uncertainty_mnist > in domain > IVON > NLL}, SGD "
+    "{uncertainty_mnist > in domain > SGD > NLL})",
     "shifted digits (IVON {ablations_digits > shifted > 5; IVON > NLL}, SGD "
     "{ablations_digits > shifted > 5; SGD > NLL})",
     "on digits ({ablations_digits > samples in prediction > 16 > NLL} for "
