@@ -35,8 +35,6 @@ README_SAYS = [
     "{gpt2_step_h200_small > step > AdamW, cast once > ms} ms with AdamW",
 ]
 RESULTS_SAY = [
-    "digits (IVON {uncertainty_digits > in domain > IVON > NLL}, AdamW "
-    "{uncertainty_digits > in domain > AdamW > NLL})",
     "network (IVON {recurrent > test > IVON > NLL}, AdamW "
     "{recurrent > test > AdamW > NLL})",
     "higher than SGD's ({recurrent > test > SGD > NLL})",
@@ -46,8 +44,6 @@ RESULTS_SAY = [
     "{ablations_digits > shifted > 5; SGD > NLL})",
     "on digits ({ablations_digits > samples in prediction > 16 > NLL} for "
     "{ablations_digits > samples in prediction > mean > NLL})",
-    "on digits (Multi-IVON {uncertainty_digits > in domain > Multi-IVON > NLL}, "
-    "ensemble {uncertainty_digits > in domain > Deep ensemble > NLL})",
     "on MNIST (Multi-IVON {uncertainty_mnist > in domain > Multi-IVON > NLL}, "
     "ensemble {uncertainty_mnist > in domain > Deep ensemble > NLL})",
     "the posterior gains {small_data > test > 100; 20; no noise - 100; 20; IVON > NLL}",
