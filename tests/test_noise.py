@@ -153,6 +153,18 @@ def test_loop_over_keys_keeps_nothing(key):
     assert temp_bytes(jax.jit(total).lower(keys)) < 1.1 * 4e5  # the sum
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize(
+    ("shape", "barriers"), [((70_000,), 1), ((9, 9), 1), (LARGE, 0)], ids=str
+)
+def test_large_noise_fuses_with_what_follows(impl, shape, barriers):
+    """Of any keys: a barrier behind it would keep it in memory."""
+    key = jax.random.key(0, impl=impl)
+    text = str(jax.make_jaxpr(lambda key: normal(key, shape, jnp.float32))(key))
+    *_, end = text.rpartition("sqrt")
+    assert end.count("optimization_barrier") == barriers
+
+
 @pytest.mark.parametrize("shape", [(70_000,), (1, 10_000)], ids=str)
 def test_what_is_broadcast_is_drawn_once(shape, key):
     """A bias is: fused, its noise would be drawn for each row of the activations."""

@@ -53,14 +53,17 @@ def normal(key, shape, dtype, out_sharding=None):
     """Draw standard normal numbers, the same on every mesh; float64 is jax's."""
     if dtype != jnp.float32:
         return jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
-    large = len(shape) > 1 and 2**15 <= math.prod(shape) < 2**32
-    if large and jax.random.key_impl(key) == "threefry2x32":
+    size = math.prod(shape)
+    small = len(shape) < 2 or size < 2**15
+    threefry2x32 = jax.random.key_impl(key) == "threefry2x32"
+    if threefry2x32 and not small and size < 2**32:
         return quantile(_bits(jax.random.key_data(key), shape, out_sharding))
     bits = jax.random.bits(key, shape, jnp.uint32, out_sharding=out_sharding)
+    noise = quantile(bits)
     # Small ones and vectors are biases and scales, broadcast over activations. Fused,
     # their noise would be drawn again for every activation. On CPUs jax's loop prevents
-    # it, on GPUs the barrier.
-    return jax.lax.optimization_barrier(quantile(bits))
+    # it, on GPUs the barrier, which would cost large ones a buffer.
+    return jax.lax.optimization_barrier(noise) if small else noise
 
 
 def quantile(bits):
