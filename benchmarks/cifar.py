@@ -10,7 +10,8 @@ instead of 50 and fewer epochs; `--network resnet18` takes another one of zoo/. 
 train on nine tenths of the training images. Warm-up is the same share of the run as in
 the paper, and 1 - b2 is 2 over the number of steps, so that as much of h_0 is left.
 
-The settings of each system are the best of six trials of ten epochs on an H200: the
+The settings of each system are the best of six trials of ten epochs on an H200
+(results/cifar_trials.json): the
 paper's learning rate times 1, 2 and 4, and two weight decays, scored by the NLL of the
 mean on the last tenth of the training images. For all but SGD that is the largest rate.
 `--pilot_epochs` has such trials again, and does nothing else.
@@ -21,12 +22,12 @@ h left at h_0; "one variance" predicts with IVON's mean and one variance for all
 weights, of the same entropy. "T" marks predictions whose temperature is chosen on the
 other half of the test images. "all" averages the probabilities of all seeds, which for
 IVON is Multi-IVON. Differences have intervals over seeds and images.
+Shifts are those of ablations.py, of each colour.
 
 The runs of a system are one program, in turns, as GPUs are slow with convolutions side
 by side; all steps of an epoch are one scan. `--minutes` bounds the whole run: as many
 epochs as fit are trained, at most `--epochs`. What was measured is in `--results` at
-once, also of a run that is stopped. On one H200 an epoch of four systems with three
-seeds takes ten seconds.
+once, also of a run that is stopped.
 """
 
 import concurrent.futures
@@ -43,11 +44,11 @@ import numpy as np
 import optax
 import resnet20
 import zoo
+from ablations import SHIFTS
 from common import baselines, controls, flags, intervals, results
 from common.flags import Count, Positive, Results
 from common.scores import losses, over_seeds, right, scores
 from flax import nnx
-from scipy import ndimage
 from tqdm import tqdm
 from zoo.resnet import ResNet
 
@@ -70,7 +71,6 @@ SYSTEMS = {  # the system, the paper's rate, weight decays, and those of the bes
     "constant noise": (constant_noise, 0.2, DECAYS, (0.8, 1e-3)),
     "bSAM": (bsam, 0.2, DECAYS, (0.8, 1e-3)),
 }
-ONE_VARIANCE = "IVON, one variance"
 PUBLISHED = {  # accuracy and NLL after 200 epochs (Table 2)
     "AdamW": (90.04, 0.589),
     "SGD": (91.86, 0.288),
@@ -81,10 +81,6 @@ RESERVED = 10  # epochs for the predictions
 SOME = 100.0  # steps, where their number is of no effect
 NETWORKS = "resnet20", "resnet18", "preresnet110", "densenet121", "alexnet"
 CHUNK = 500  # images in a prediction
-SHIFTS = {  # of images in [0, 255], by severity 1 to 5
-    "noise": lambda x, s, rng: x + rng.normal(0.0, 6.0 * s, x.shape),
-    "blur": lambda x, s, _: ndimage.gaussian_filter(x, (0, 0.3 * s, 0.3 * s, 0)),
-}
 DIGITS = {"accuracy %": 2, "NLL": 4, "ECE": 4, "Brier": 4}
 
 
@@ -117,13 +113,15 @@ class Config:
     width: Count = 16
     num_samples: Count = 64
     eval_every: Count = 4  # epochs
-    predictions: str = ""  # an npz file to keep all probabilities in
     results: Results = "cifar.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem(baselines.Problem):
-    """What to learn, with a number of steps that may be traced."""
+    """What to learn, with a number of steps that may be traced.
+
+    One program is for a first epoch, which is timed, and for as many as then fit.
+    """
 
     graphdef: Any = None
     length: Any = None
@@ -170,10 +168,8 @@ class Runs:
         system, rate, decays, chosen = SYSTEMS[name]
         self.prior = "weight_decay" if name == "AdamW" else "prior_precision"
         self.scale = 1.0 if name == "AdamW" else num_data
-        self.trials = [
-            self.setting(rate * factor, decay)
-            for factor, decay in itertools.product(FACTORS, decays)
-        ]
+        rates = [rate * factor for factor in FACTORS]
+        self.trials = [*itertools.product(rates, decays)]
         self.chosen = self.setting(*chosen)
         self.rows = self._rows(system, config.num_samples)
         self.graphdef = nnx.graphdef(create_network(config, nnx.Rngs(0)))
@@ -190,13 +186,8 @@ class Runs:
         rows = {f"{self.name}@mean": (mean, 1), self.name: (system, num_samples)}
         if self.name == "IVON":
             other = controls.at_constant_precision(system)
-            rows[ONE_VARIANCE] = (other, num_samples)
+            rows["IVON, one variance"] = (other, num_samples)
         return rows
-
-    def describe(self, setting):
-        """Return what a table says of a setting."""
-        decay = setting[self.prior] / self.scale
-        return {"learning rate": setting["learning_rate"], "weight decay": decay}
 
     def setting(self, learning_rate, weight_decay):
         """Return hyperparameters as the system names them."""
@@ -309,12 +300,16 @@ def load(config):
 
 
 def shifted(images):
-    """Return {(kind, severity): the first images, with noise or blur}."""
-    images = images[:CHUNK].astype(np.float32)
+    """Return {(kind, severity): the first images}, with each colour shifted alike."""
+    count, height, width, colours = images[:CHUNK].shape
+    planes = np.moveaxis(images[:CHUNK] / 255, -1, 1).reshape(-1, height, width)
+
+    def colourful(planes):
+        planes = planes.reshape(count, colours, height, width)
+        return np.moveaxis(255 * np.clip(planes, 0.0, 1.0), 1, -1).astype(np.uint8)
+
     return {
-        (kind, severity): np.clip(
-            shift(images, severity, np.random.default_rng(0)), 0.0, 255.0
-        ).astype(np.uint8)
+        (kind, severity): colourful(shift(planes, severity))
         for kind, shift in SHIFTS.items()
         for severity in range(1, 6)
     }
@@ -326,7 +321,6 @@ class Report:
     def __init__(self, config, labels, shifts):
         self.kept, self.labels, self.shifts = results.Study(config), labels, shifts
         self.lock, self.logs, self.probs = threading.Lock(), {}, {}
-        self.file = config.predictions
 
     def log(self, name, entry):
         """Keep the scores after an epoch."""
@@ -342,8 +336,6 @@ class Report:
             self.kept.table("shifted", [*self._shifted()], DIGITS)
             if "IVON" in probs:
                 self.kept.table("quantiles of h over the weights", [spread(states)])
-            if self.file:
-                np.savez(self.file, **self.probs)
 
     def compare(self):
         """Keep the differences between IVON and the others."""
@@ -435,13 +427,15 @@ def pilot(systems, data, validation, config):
     study, lock = results.Study(config), threading.Lock()
 
     def run(runs):
-        settings = baselines.stacked(runs.trials, 1)
+        settings = baselines.stacked([runs.setting(*t) for t in runs.trials], 1)
         args = settings, config.pilot_epochs, data, bar
         states = train(runs, jax.random.key(1), *args)
         probs = runs.predict(next(iter(runs.rows)), states, settings, validation[0])
         nll = [scores(p, validation[1])["NLL"] for p in probs]
         with lock:
-            study.trials(runs.name, list(map(runs.describe, runs.trials)), nll)
+            names = "learning rate", "weight decay"
+            trials = [dict(zip(names, t, strict=True)) for t in runs.trials]
+            study.trials(runs.name, trials, nll)
 
     total = config.pilot_epochs * len(systems)
     with tqdm(total=total, unit="epoch", leave=False) as bar:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What a GPU tells in 15 minutes: GPT-2's step, the optimizer alone, CIFAR-10. It needs
+# What a GPU tells in 15 minutes: CIFAR-10, GPT-2's step, the optimizer alone. It needs
 # no network, and keeps what it has measured when it is stopped.
 #
 #   sh benchmarks/gpu.sh cifar10_jpeg.npz results   # 14 min on an H200
@@ -22,9 +22,9 @@ if [ "$size" = dry ]; then
         --num_samples 2 --batch_size 90 --systems AdamW,IVON
     exit
 fi
+run cifar cifar_gpu --data "$data" --minutes 8.5
 for sizes in small medium; do
     run gpt2_step "gpt2_step_gpu_$sizes" --sizes "$sizes" --dtypes bfloat16 --batch_size 8 \
         --steps 20 --keys threefry2x32,rbg
 done
 run overhead overhead_gpu --models "" --sizes 1e6,1e7,1e8 --arrays 4 --mc_samples 1 --rounds 5
-run cifar cifar_gpu --data "$data" --minutes 8.5
