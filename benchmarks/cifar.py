@@ -11,10 +11,10 @@ train on nine tenths of the training images. Warm-up is the same share of the ru
 the paper, and 1 - b2 is 2 over the number of steps, so that as much of h_0 is left.
 
 The settings of each system are the best of six trials of ten epochs on an H200
-(results/cifar_trials.json): the
-paper's learning rate times 1, 2 and 4, and two weight decays, scored by the NLL of the
-mean on the last tenth of the training images. For all but SGD that is the largest rate.
-`--pilot_epochs` has such trials again, and does nothing else.
+(results/cifar_trials.json): the paper's learning rate times 1, 2 and 4, and two weight
+decays, scored by the NLL of the mean on the last tenth of the training images. For all
+but SGD that is the largest rate. `--pilot_epochs` has such trials again, and does
+nothing else.
 
 "no noise" is IVON with gradients at the mean and h left at h_0: momentum, weight decay
 and learning rate are IVON's, the posterior is taken out. "constant noise" is IVON with

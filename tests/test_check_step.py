@@ -305,16 +305,19 @@ def test_mistakes_are_told_in_bases_of_evon_too(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["", "hess_clip", "prior"])
-def test_nothing_is_said_of_a_healthy_step_of_evon(name):
+@pytest.mark.parametrize(
+    ("name", "value"), [("basis_every", 1), ("hess_clip", 2.0), ("prior", PRIOR)]
+)
+def test_nothing_is_said_of_a_healthy_step_of_evon(name, value):
     """Also of a later one, in other bases. With a prior there are few numbers."""
-    values = {"": {}, "hess_clip": {"hess_clip": 2.0}, "prior": {"prior": PRIOR}}
-    step = Step(family=ivon_jax.evon, settings=values[name])
+    step = Step(family=ivon_jax.evon, settings={name: value})
     args = step.arguments()
     for _ in range(3):
         diagnosis = check(jax.jit(lambda *args: step(*args)), *args)
         assert diagnosis.advice == []
         assert ("descent" in diagnosis.numbers) == (name != "prior")
+        if name == "basis_every":  # the gradient is where the sample was told to be
+            assert diagnosis.numbers["sample_error"] < 1e-3
         args = *step(*args), *args[2:]
 
 
