@@ -1,6 +1,6 @@
 """How close is each system's predictive distribution to the exact posterior's?
 
-    python benchmarks/ground_truth.py              # 4 min of one core
+    python benchmarks/ground_truth.py              # 12 min, beside other work
     python benchmarks/ground_truth.py --tasks regression --uci wine.txt --noise 0.75
     python benchmarks/ground_truth.py --full 1     # longer chains, ten seeds
 
